@@ -1,0 +1,33 @@
+# Each target does all its own set-up on a bare machine: a virtual environment with pinned dependencies.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test smoke lint teacher clean
+demo: $(STAMP)  ## the main job end to end, on the embedded teacher
+	$(BIN)/distill run demo
+
+test: $(STAMP)  ## lint, types, tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest
+
+smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
+	$(BIN)/distill run smoke
+
+lint: $(STAMP)
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy
+
+teacher: $(STAMP)  ## train the embedded teacher again and put it in place (an hour or two)
+	$(BIN)/distill pretrain teacher output=runs/teacher
+	mkdir -p distill/data/teacher && cp runs/teacher/* distill/data/teacher/
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The configurations that we ship, found by their short names."""

@@ -1,0 +1,245 @@
+"""Typed configuration: defaults < file < command line, merged by OmegaConf against dataclasses.
+
+An unknown key or a wrong type is an error that names the nearest key. ``RunConfig`` is one distillation
+run, ``PretrainConfig`` the training of a teacher from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.errors import UserError, nearest
+
+
+@dataclass
+class DataConfig:
+    """What is trained on."""
+
+    source: str = "embedded"
+    """``embedded``, or the path of a JSONL file with messages, prompt/completion or text."""
+    sequence_length: int = 256
+    """Tokens a packed row, T."""
+    mix: dict[str, float] = field(default_factory=lambda: {"add": 1.0, "mod": 1.0, "chase": 2.0, "recall": 2.0, "sort": 1.0})
+    """Weight of each embedded family."""
+    mask: str = "completion"
+    """``completion`` (the reasoning trace) or ``all``: which tokens are targets."""
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained (AdamW, warm-up, then linear decay)."""
+
+    loss: str = "reverse_kl"
+    """``reverse_kl``, ``forward_kl``, ``jsd`` or ``cross_entropy``."""
+    temperature: float = 1.0
+    """tau, applied to both sides."""
+    steps: int = 100
+    """Optimizer steps a stage."""
+    steps_by_stage: list[int] = field(default_factory=list)
+    """One number a stage, in place of ``steps``."""
+    batch_size: int = 8
+    """Rows a step on one device, over all accumulation steps: the global batch of one process."""
+    gradient_accumulation: int = 1
+    """Micro-batches that ``batch_size`` is cut into."""
+    learning_rate: float = 5e-5
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    """Second moment decay of AdamW (the first is 0.9)."""
+    max_grad_norm: float = 1.0
+    eval_rows: int = 64
+    """Held-out rows on which the loss is taken before and after."""
+    save_steps: int = 0
+    """Checkpoint every so many steps (0: only at the end)."""
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class MixerConfig:
+    """What replaces attention, and how it starts."""
+
+    name: str = "mamba1"
+    d_state: int = 16
+    """State size N (at most head_dim)."""
+    d_conv: int = 4
+    """Taps of the causal convolution."""
+    init: str = "mil"
+    """``mil`` (from the attention that is replaced) or ``fresh`` (random)."""
+    mil_layout: str = "aligned"
+    """``aligned`` or ``faithful``: how keys and values meet queries under GQA."""
+    z_init: str = "default"
+    """``default`` (random) or ``identity`` (the gate starts at about 1)."""
+    conv_init: str = "default"
+    """``default`` (random) or ``identity`` (the convolution starts as a pass-through)."""
+
+
+@dataclass
+class LooConfig:
+    """Leave-one-out: accuracy lost when a block is the identity."""
+
+    task: str = "embedded_choice"
+    """A log-likelihood task of lm-eval."""
+    questions: int = 500
+    """How many questions (0: all)."""
+
+
+@dataclass
+class MmrConfig:
+    """MIL-Mamba-replacement: loss after a short distillation with one more block swapped."""
+
+    steps: int = 100
+    heldout_tokens: int = 16384
+    """Fixed held-out tokens on which the loss is taken at 0 steps and after the last."""
+    trainable: str = "all"
+    """``all`` as in the paper, or ``mixer`` (cheap)."""
+
+
+@dataclass
+class ScoreConfig:
+    """Which importance score each stage uses."""
+
+    first: str = "loo"
+    later: str = "mmr"
+    loo: LooConfig = field(default_factory=LooConfig)
+    mmr: MmrConfig = field(default_factory=MmrConfig)
+
+
+@dataclass
+class ThroughputConfig:
+    """Decode speed: batches x contexts, and the headline of 1 token in, N out."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 32])
+    contexts: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    repeats: int = 5
+    output_tokens: int = 4096
+    """N of the 1-in / N-out throughput (the paper: 16k)."""
+
+
+@dataclass
+class MeasureConfig:
+    """Accuracy tasks (lm-eval names) and throughput."""
+
+    generative: list[str] = field(default_factory=lambda: ["embedded_generative"])
+    multiple_choice: list[str] = field(default_factory=lambda: ["embedded_choice"])
+    limit: int = 0
+    """Questions a task (0: all)."""
+    batch_size: int = 64
+    max_new_tokens: int = 96
+    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
+
+
+@dataclass
+class SlurmConfig:
+    """Resources of one job (``distill submit``)."""
+
+    partition: str = ""
+    account: str = ""
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 2
+    memory: str = "0"
+    """``0`` is all of the node's."""
+    time: str = "24:00:00"
+    setup: list[str] = field(default_factory=list)
+    """Shell lines run before the step (module load, activation of an environment)."""
+
+
+@dataclass
+class RunConfig:
+    """One run: a teacher taken through a schedule of hybrids."""
+
+    name: str = "run"
+    teacher: str = "embedded"
+    """``embedded``, a model folder, or a hub name."""
+    teacher_config: dict[str, Any] = field(default_factory=dict)
+    """The teacher's config.json, for planning without it at hand."""
+    schedule: list[int] = field(default_factory=list)
+    """Replaced blocks h after each stage, strictly increasing."""
+    run_dir: str = "runs/run"
+    seed: int = 0
+    threads: int = 0
+    """CPU threads (0: one a core)."""
+    dtype: str = "float32"
+    """``float32`` or ``bfloat16``: weights of student and teacher."""
+    kernels: str = "auto"
+    """``auto``, ``reference`` or ``cpu``: the implementation of the scan."""
+    mixer: MixerConfig = field(default_factory=MixerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass
+class PretrainConfig:
+    """A teacher trained from nothing on the embedded traces."""
+
+    name: str = "teacher"
+    model: dict[str, Any] = field(default_factory=dict)
+    """Keys of a Llama config.json."""
+    output: str = "runs/teacher"
+    seed: int = 0
+    threads: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+Config = TypeVar("Config", RunConfig, PretrainConfig)
+
+
+def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Merge the dataclass defaults, a YAML file and ``key=value`` overrides.
+
+    Raises UserError for an unreadable file, an unknown key (naming the nearest), a wrong type or value.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
+    except Exception as error:  # yaml's errors share no public base with OmegaConf's
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(loaded) or not loaded:
+        raise UserError(f"{path}: expected key: value pairs, found {'nothing' if not loaded else 'a list'}")
+    return merge_config(kind, [(str(path), OmegaConf.to_container(loaded))], overrides)
+
+
+def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], overrides: Sequence[str] = ()) -> Config:
+    """Merge mappings (each with the name of where it came from), then overrides, over the defaults."""
+    merged: Any = OmegaConf.structured(kind)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"expected key=value, got '{override}'")
+    named = [*layers, *[(f"'{text}'", OmegaConf.to_container(OmegaConf.from_dotlist([text]))) for text in overrides]]
+    for where, layer in named:
+        _check_keys(kind, layer, where)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, kind)
+    return config
+
+
+def dump_config(config: RunConfig | PretrainConfig) -> str:
+    """The resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_keys(kind: Any, layer: Any, where: str, prefix: str = "") -> None:
+    """Refuse keys that the dataclass does not have; OmegaConf's own message does not name the nearest."""
+    known = {f.name: f for f in fields(kind)}
+    default = kind()
+    for key, value in (layer or {}).items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{prefix}{key}'{nearest(str(key), known)}; allowed: {', '.join(known)}")
+        nested = getattr(default, key)
+        if is_dataclass(nested) and isinstance(value, dict):
+            _check_keys(type(nested), value, where, f"{prefix}{key}.")

@@ -1,0 +1,1 @@
+"""Training data: load, template, mask, pack; and the embedded reasoning traces."""

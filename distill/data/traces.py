@@ -1,0 +1,162 @@
+"""Datasets of packed rows: the embedded traces (endless, by seed) and JSONL files of the user's own."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from distill.data.families import FAMILIES, draw
+from distill.data.pack import Document, encode, encode_texts, pack
+from distill.errors import UserError, choose, nearest
+
+Row = dict[str, torch.Tensor]
+SHARD = 64  # rows generated together
+
+
+class EmbeddedTraces(Dataset[Row]):
+    """Packed rows of the five families; row i depends on (seed, i) alone, so any row can be had at any time.
+
+    Args:
+        rows: number of rows R.
+        length: tokens a row T.
+        mix: weight of each family (any positive numbers).
+        held_out: draw from the held-out side of the split (for validation).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        length: int,
+        mix: Mapping[str, float],
+        seed: int,
+        *,
+        mask: str = "completion",
+        held_out: bool = False,
+    ) -> None:
+        for family in mix:
+            choose("family in data.mix", family, FAMILIES)
+        if not mix or sum(mix.values()) <= 0 or min(mix.values()) < 0:
+            raise UserError(f"data.mix needs positive weights, got {dict(mix)}")
+        self.tokenizer, self.rows, self.length, self.seed = tokenizer, rows, length, seed
+        self.mix, self.mask, self.held_out = dict(mix), mask, held_out
+        self._shard: tuple[int, list[Row]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Row:
+        shard, place = divmod(index, SHARD)
+        if self._shard[0] != shard:
+            self._shard = (shard, self._generate(shard))
+        return self._shard[1][place]
+
+    def _generate(self, shard: int) -> list[Row]:
+        rng = random.Random(f"{self.seed}/{shard}/{self.held_out}")
+        return list(islice(pack(self._documents(rng), self.length, int(self.tokenizer.pad_token_id)), SHARD))
+
+    def _documents(self, rng: random.Random) -> Any:
+        families, weights = list(self.mix), list(self.mix.values())
+        while True:
+            names = rng.choices(families, weights, k=256)
+            examples = [draw(name, rng, held_out=self.held_out) for name in names]
+            yield from encode(self.tokenizer, [example.messages for example in examples], self.mask)
+
+
+class FileTraces(Dataset[Row]):
+    """Packed rows from a JSONL file of ``messages``, ``prompt``/``completion`` or ``text``.
+
+    Rows are shuffled by seed, repeated when the file is shorter than what is asked for. With
+    ``held_out`` the last ``1/16`` of the documents are taken, otherwise the rest.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        path: Path,
+        rows: int,
+        length: int,
+        seed: int,
+        *,
+        mask: str = "completion",
+        held_out: bool = False,
+    ) -> None:
+        documents = read_documents(path, tokenizer, mask)
+        if len(documents) < 2:
+            raise UserError(f"{path}: at least 2 documents are needed (one is held out), found {len(documents)}")
+        cut = len(documents) - max(1, len(documents) // 16)
+        documents = documents[cut:] if held_out else documents[:cut]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        random.Random(seed).shuffle(documents)
+        self.packed = list(islice(pack(documents, length, int(pad)), rows))
+        if not any((row["labels"] != -100).any() for row in self.packed):
+            raise UserError(f"{path}: no completion tokens within data.sequence_length={length}")
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Row:
+        if index >= self.rows:
+            raise IndexError(index)
+        return self.packed[index % len(self.packed)]
+
+
+def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, mask: str) -> list[Document]:
+    """Read and tokenise a JSONL file; a malformed row is named with its file and line."""
+    chats: list[list[dict[str, str]]] = []
+    prompts: list[str] = []
+    wholes: list[str] = []
+    end = tokenizer.eos_token or ""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON: {error}") from error
+            if isinstance(row, dict) and isinstance(row.get("messages"), list):
+                chats.append(row["messages"])
+            elif isinstance(row, dict) and {"prompt", "completion"} <= row.keys():
+                prompts.append(str(row["prompt"]))
+                wholes.append(f"{row['prompt']}{row['completion']}{end}")
+            elif isinstance(row, dict) and "text" in row:
+                prompts.append("")
+                wholes.append(f"{row['text']}{end}")
+            else:
+                given = sorted(row) if isinstance(row, dict) else type(row).__name__
+                hint = nearest(given[0], ["messages", "prompt", "text"]) if isinstance(given, list) and given else ""
+                raise UserError(f"{path}:{number}: needs messages, prompt and completion, or text; has {given}{hint}")
+    if chats and tokenizer.chat_template is None:
+        raise UserError(f"{path}: has messages, but the teacher's tokenizer has no chat template")
+    encoded = encode(tokenizer, chats, mask) if chats else []
+    return encoded + (encode_texts(tokenizer, prompts, wholes, mask) if wholes else [])
+
+
+def load_rows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    length: int,
+    mix: Mapping[str, float],
+    seed: int,
+    *,
+    mask: str = "completion",
+    held_out: bool = False,
+) -> Dataset[Row]:
+    """The dataset that ``data.source`` names: ``embedded``, or a path to a JSONL file."""
+    if source == "embedded":
+        return EmbeddedTraces(tokenizer, rows, length, mix, seed, mask=mask, held_out=held_out)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.source: no such file: {source} (give 'embedded' or a JSONL file)")
+    return FileTraces(tokenizer, path, rows, length, seed, mask=mask, held_out=held_out)

@@ -1,0 +1,24 @@
+"""The one exception that a user's mistake ends in: a clear message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: what was given, what is allowed, what to do. The CLI prints it and exits with 2."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """A hint such as ``" (did you mean 'mamba1'?)"``, or ``""`` where nothing allowed is near ``given``."""
+    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def choose(what: str, given: str, allowed: Iterable[str]) -> str:
+    """Return ``given`` if it is one of ``allowed``; otherwise raise a UserError that names them."""
+    names = sorted(allowed)
+    if given not in names:
+        raise UserError(f"unknown {what} '{given}'{nearest(given, names)}; allowed: {', '.join(names)}")
+    return given

@@ -1,0 +1,25 @@
+"""Mamba-in-the-Llama: the new mixer starts from the attention that it replaces.
+
+x <- W_V, B <- W_K, C <- W_Q, out <- W_O (arXiv:2408.15237; Apriel-H1, equation 3). RoPE is not carried over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SOURCES = {"x": "v_proj", "B": "k_proj", "C": "q_proj", "out": "o_proj"}
+
+
+@torch.no_grad()
+def initialise(mixer: Any, attention: Any) -> None:
+    """Copy the projections of ``attention`` into the slots that ``mixer`` declares, biases included.
+
+    What no slot covers (z, dt, A, D, the convolution) keeps the mixer's own start.
+    """
+    for slot, (name, rows) in mixer.mil_slots().items():
+        source, target = getattr(attention, SOURCES[slot]), getattr(mixer, name)
+        target.weight[rows].copy_(source.weight)
+        if source.bias is not None:
+            target.bias[rows].copy_(source.bias)

@@ -1,0 +1,38 @@
+"""Token mixers that take the place of attention: one file each, whose name is the registered name.
+
+A mixer is an ``nn.Module`` named ``Mixer`` with
+``Mixer(config, layer_idx)``, where ``config`` is a hybrid config (teacher's keys and ``mixer_config``);
+``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``;
+``mil_slots()``, the parameter rows that MIL fills; ``reset_parameters()``; and ``check(config)``, which raises
+a UserError for a shape that it cannot take. ``attention`` is the teacher's own mixer and has no file here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+from distill.errors import choose
+
+ATTENTION = "attention"
+
+
+def available() -> list[str]:
+    """Names of the mixers that can replace attention."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def mixer_class(name: str) -> Any:
+    """The class registered under ``name``; its file is imported only now."""
+    choose("mixer", name, available())
+    return importlib.import_module(f"{__name__}.{name}").Mixer
+
+
+def set_kernels(model: nn.Module, kernels: str) -> None:
+    """Choose the implementation (``auto``, ``reference``, ``cpu``) for every mixer of a model."""
+    for module in model.modules():
+        if hasattr(module, "mil_slots"):
+            module.kernels = kernels

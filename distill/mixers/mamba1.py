@@ -1,0 +1,152 @@
+"""The M1 variant of Mamba-1 that Apriel-H1 uses: B, C and x come from projections the size of attention's.
+
+Legend: B = batch, T = tokens, E = hidden size, D = d_inner = heads * head_dim, X = d_xb = kv_heads * head_dim,
+N = d_state, G = D / N groups (channels of a group share one B and one C vector), K = d_conv, R = dt_rank.
+
+Source: Gu and Dao, arXiv:2312.00752; M1, arXiv:2504.10449; Apriel-H1, section 2 and equations (1)-(3).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from distill.errors import UserError, choose
+from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from distill.ops.selective_scan import selective_scan, selective_scan_update
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+OPEN_GATE = 1.2784645  # SiLU of it is 1: the gate of z_init="identity"
+LAYOUTS = ("aligned", "faithful")
+STARTS = ("default", "identity")
+
+
+class Mixer(nn.Module):
+    """Selective state-space mixer: gate, grouped causal convolution of x, selective scan, output projection.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t, output = out_proj(y * SiLU(z)).
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.check(config)
+        options = config.mixer_config
+        self.layer_idx = layer_idx
+        self.kernels = "auto"
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.d_state = min(options["d_state"], config.head_dim)
+        self.d_inner = self.heads * config.head_dim
+        self.d_xb = self.kv_heads * config.head_dim
+        self.dt_rank = math.ceil(config.hidden_size / 16)
+        self.groups = self.d_inner // self.d_state
+        self.options = {name: options[name] for name in ("mil_layout", "z_init", "conv_init")}
+        self.splits = [self.d_inner, self.d_xb, self.d_xb, self.d_inner, self.dt_rank]  # z, x, B, C, dt
+        bias = bool(getattr(config, "attention_bias", False)) or options["z_init"] == "identity"
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=bias)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, options["d_conv"], groups=self.d_inner)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32))
+        self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=bool(getattr(config, "attention_bias", False)))
+        self.reset_parameters()
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Raise UserError where the teacher's shape or the options do not fit this mixer."""
+        options = config.mixer_config
+        d_state, head_dim = options["d_state"], config.head_dim
+        if d_state < 1 or head_dim % min(d_state, head_dim):
+            raise UserError(f"mixer.d_state={d_state} must divide head_dim={head_dim}")
+        if not 2 <= options["d_conv"] <= 8:
+            raise UserError(f"mixer.d_conv={options['d_conv']} must be in [2, 8]")
+        choose("mixer.mil_layout", options["mil_layout"], LAYOUTS)
+        choose("mixer.z_init", options["z_init"], STARTS)
+        choose("mixer.conv_init", options["conv_init"], STARTS)
+
+    def mil_slots(self) -> dict[str, tuple[str, slice]]:
+        """MIL slot -> (parameter module, rows): x <- W_V, B <- W_K, C <- W_Q, out <- W_O."""
+        z, x, b, c = self.splits[:4]
+        return {
+            "x": ("in_proj", slice(z, z + x)),
+            "B": ("in_proj", slice(z + x, z + x + b)),
+            "C": ("in_proj", slice(z + x + b, z + x + b + c)),
+            "out": ("out_proj", slice(None)),
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Mamba's initialisation: A = -(1..N), D = 1, dt bias such that softplus(bias) is log-uniform."""
+        for layer in (self.in_proj, self.conv1d, self.out_proj):
+            layer.reset_parameters()
+        device = self.A_log.device
+        steps = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device)
+        self.A_log.copy_(steps.log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+        self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = torch.exp(torch.rand(self.d_inner, device=device) * (high - low) + low).clamp(min=DT_FLOOR)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        for layer in (self.in_proj, self.out_proj):
+            if layer.bias is not None:
+                layer.bias.zero_()
+        if self.options["z_init"] == "identity":
+            self.in_proj.weight[: self.d_inner].zero_()
+            self.in_proj.bias[: self.d_inner].fill_(OPEN_GATE)
+        if self.options["conv_init"] == "identity":
+            self.conv1d.weight.zero_()
+            self.conv1d.weight[:, 0, -1].fill_(1.0)
+            assert self.conv1d.bias is not None
+            self.conv1d.bias.zero_()
+
+    def _expand(self, states: torch.Tensor) -> torch.Tensor:
+        """Key/value-sized states [..., X] to query-sized [..., G, N] under GQA.
+
+        ``faithful`` repeats consecutive N-wide chunks, as M1 does; ``aligned`` gives a chunk of query head h the
+        chunk of the same place in the key/value head that attention paired h with.
+        """
+        chunks = states.unflatten(-1, (-1, self.d_state))
+        if self.heads == self.kv_heads:
+            return chunks
+        if self.options["mil_layout"] == "faithful":
+            return chunks.repeat_interleave(self.heads // self.kv_heads, dim=-2)
+        head = chunks.unflatten(-2, (self.kv_heads, -1))  # [..., kv_heads, chunks, N]
+        return head.repeat_interleave(self.heads // self.kv_heads, dim=-3).flatten(-3, -2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        document_starts: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Mix tokens. hidden_states [B, T, E]; document_starts bool [B, T], where states begin anew.
+
+        ``past_key_values`` is a transformers cache whose layer here is a LinearAttentionLayer: conv state
+        [B, D, K-1], recurrent state [B, D, N] in fp32; both are updated in place.
+        """
+        z, x, b, c, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        x, b = self._expand(x).flatten(-2), self._expand(b)
+        c = c.unflatten(-1, (self.groups, self.d_state))
+        dt = F.softplus(self.dt_proj(dt))
+        a = -torch.exp(self.A_log.float())
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        conv_state = scan_state = None
+        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
+            layer = past_key_values.layers[self.layer_idx]
+            conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
+            if hidden_states.shape[1] == 1 and document_starts is None and not torch.is_grad_enabled():
+                u = causal_conv1d_update(conv_state, x[:, 0], taps, bias)
+                y = selective_scan_update(scan_state, u, dt[:, 0], a, b[:, 0], c[:, 0], self.D, kernel=self.kernels)
+                return self.out_proj(y.unsqueeze(1) * F.silu(z)), None
+        u, conv_state = causal_conv1d(x, taps, bias, reset=document_starts, initial_state=conv_state)
+        y, scan_state = selective_scan(
+            u, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
+        )
+        if past_key_values is not None:
+            past_key_values.update_conv_state(conv_state, self.layer_idx)
+            past_key_values.update_recurrent_state(scan_state, self.layer_idx)
+        return self.out_proj(y * F.silu(z)), None

@@ -1,0 +1,1 @@
+"""Sequence operators of the mixers: a plain reference beside each fast path."""

@@ -1,0 +1,192 @@
+"""Training on Hugging Face Trainer: one place that turns our config into its arguments, shows progress, and
+computes the distillation loss inside the (possibly wrapped) student's forward."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from distill.config import TrainConfig
+from distill.data.pack import IGNORE, collate
+from distill.errors import UserError
+
+NO_DECAY = ("A_log", "D", "dt_bias", "bias", "norm", "embed_tokens")
+"""A parameter whose name holds one of these parts gets no weight decay."""
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar (or plain lines where there is no terminal) and one JSON line a log event.
+
+    ``tokens`` counts what the global batches held, padding included; times are only shown, never used.
+    """
+
+    def __init__(self, title: str, steps: int, tokens_per_step: int, log: Path | None) -> None:
+        self.title, self.steps, self.tokens_per_step, self.log = title, steps, tokens_per_step, log
+        self.terminal = sys.stderr.isatty()
+        self.bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self.began, self.first, self.shown = time.monotonic(), state.global_step, 0.0
+        if self.log is not None and self.log.exists():  # a resumed run drops lines past its checkpoint
+            lines = self.log.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.log.write_text("".join(line + "\n" for line in kept))
+        if self.terminal:
+            self.bar = tqdm(total=self.steps, initial=self.first, desc=self.title, unit="step", dynamic_ncols=True)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        step = state.global_step
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        speed = (step - self.first) * self.tokens_per_step / elapsed
+        event = {
+            "step": step,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": round(speed, 1),
+        }
+        if self.log is not None:
+            append_line(self.log, event)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.1e} {speed:,.0f} tok/s")
+        elif time.monotonic() - self.shown > 10 or step == self.steps:
+            self.shown = time.monotonic()
+            left = (self.steps - step) * elapsed / max(step - self.first, 1)
+            print(
+                f"{self.title}: {step}/{self.steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"
+                f"  {speed:,.0f} tok/s  {left:.0f} s left",
+                flush=True,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def append_line(path: Path, event: dict[str, Any]) -> None:
+    """Append one JSON line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+class LanguageTrainer(Trainer):
+    """Hugging Face Trainer with the weight decay groups of our mixers; trains any causal LM on its own loss."""
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Names of the parameters that decay: all but those in ``NO_DECAY``."""
+        return [
+            name
+            for name, _ in model.named_parameters()
+            if not any(part in segment for segment in name.split(".") for part in NO_DECAY if part != "D")
+            and name.split(".")[-1] != "D"
+        ]
+
+
+def training_arguments(
+    train: TrainConfig, steps: int, output: Path, seed: int, dtype: str = "float32"
+) -> TrainingArguments:
+    """Our train config as Hugging Face TrainingArguments."""
+    if train.batch_size % train.gradient_accumulation:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is not divisible by "
+            f"train.gradient_accumulation={train.gradient_accumulation}"
+        )
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=train.batch_size // train.gradient_accumulation,
+        per_device_eval_batch_size=train.batch_size // train.gradient_accumulation,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        warmup_steps=min(train.warmup_steps, steps),
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        adam_beta2=train.beta2,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        activation_checkpointing=train.gradient_checkpointing,
+        bf16=dtype == "bfloat16",
+        logging_steps=1 if steps <= 2000 else 10,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if 0 < train.save_steps < steps else "no",
+        save_steps=max(train.save_steps, 1),
+        save_total_limit=2,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=not on_gpu,
+    )
+
+
+def fit(
+    trainer_class: type[LanguageTrainer],
+    model: torch.nn.Module,
+    rows: Dataset[Any],
+    arguments: TrainingArguments,
+    *,
+    title: str,
+    log: Path | None,
+    **extra: Any,
+) -> LanguageTrainer:
+    """Train, continuing from the newest checkpoint in the output folder if there is one.
+
+    Raises UserError when the loss is not finite (the checkpoints before it stay).
+    """
+    length = rows[0]["input_ids"].shape[-1]
+    rows_per_step = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    progress = ProgressCallback(title, arguments.max_steps, rows_per_step * length, log)
+    trainer = trainer_class(
+        model=cast(Any, model),
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[progress, StopOnNonFinite()],
+        **extra,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    assert isinstance(rows, Sized) and len(rows) >= arguments.max_steps * rows_per_step, "too few rows"
+    folder = Path(str(arguments.output_dir))
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint:
+        logging.getLogger(__name__).info("continuing from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stop at the first loss that is NaN or infinite, naming the step."""
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
+            raise UserError(
+                f"the loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate or "
+                "raise train.warmup_steps; checkpoints written before are kept"
+            )
+
+
+def count_targets(batch: dict[str, torch.Tensor]) -> int:
+    """Valid targets of a batch: labels [R, T], of which the first of a row is never predicted."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())

@@ -1,0 +1,246 @@
+"""Records of a run folder -> pandas frames -> the Pareto frontier of accuracy against throughput.
+
+A run may be unfinished. What a step has not written yet is ``None`` in `Run` and NaN in a frame, never zero.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+Record = Mapping[str, Any]
+
+STEPS = {
+    "score": "score/scores.json",
+    "place": "place/placement.json",
+    "train": "train/train.json",
+    "measure": "measure/measure.json",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One H1-h/L of the schedule, with what its steps have written so far (``None``: not yet)."""
+
+    index: int
+    """Place in the schedule, from 1."""
+    name: str
+    """``H1-h/L``, or ``H1-h`` while L is not known."""
+    records: Mapping[str, Record | None]
+    """The record of each of `STEPS`."""
+    log: tuple[Record, ...]
+    """Lines of the training log, in the order they were written."""
+
+    @property
+    def added(self) -> list[int]:
+        """Blocks whose mixer this stage replaced; empty before the stage is placed."""
+        return [int(block) for block in (self.records["place"] or {}).get("added", [])]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    path: Path
+    config: Record
+    teacher: Record | None
+    stages: tuple[Stage, ...]
+    """Stages of the schedule and any stage found on disk, in order."""
+
+
+def read_run(path: Path) -> Run:
+    """Read the run folder `path`, finished or not.
+
+    Raises `ValueError` where `path` is no run folder or a record in it is broken.
+    """
+    if not any((path / part).exists() for part in ("run.yaml", "teacher", "stages")):
+        raise ValueError(f"{path} is not a run folder: it holds neither run.yaml nor teacher/ nor stages/")
+    config = _read_yaml(path / "run.yaml")
+    teacher = _read_json(path / "teacher" / "measure.json")
+    folders = {
+        int(folder.name.split("-")[0]): folder
+        for folder in (path / "stages").glob("[0-9]*-*")
+        if folder.is_dir() and folder.name.split("-")[0].isdigit()
+    }
+    schedule = config.get("schedule")
+    planned = dict(enumerate(schedule if isinstance(schedule, list) else [], start=1))
+    suffix = f"/{teacher['num_blocks']}" if teacher and teacher.get("num_blocks") else ""
+    stages = []
+    for index in sorted(folders.keys() | planned.keys()):
+        folder = folders.get(index)
+        records = {step: _read_json(folder / file) if folder else None for step, file in STEPS.items()}
+        stem = folder.name.partition("-")[2] if folder else f"H1-{planned[index]}"
+        named = (records["measure"] or {}).get("name") or (records["place"] or {}).get("name")
+        log = _read_log(folder / "train" / "log.jsonl") if folder else ()
+        stages.append(Stage(index, str(named or stem + suffix), records, log))
+    return Run(path, config, teacher, tuple(stages))
+
+
+def tasks_of(run: Run) -> dict[str, str]:
+    """Every task that any model was measured on -> its kind, in the order first met."""
+    tasks: dict[str, str] = {}
+    for measure in [run.teacher, *(stage.records["measure"] for stage in run.stages)]:
+        for entry in (measure or {}).get("accuracy") or []:
+            tasks.setdefault(str(entry["task"]), str(entry["kind"]))
+    return tasks
+
+
+def stage_frame(run: Run) -> pd.DataFrame:
+    """One row for the teacher and each stage, NaN where not measured.
+
+    Columns: stage, name, replaced, num_blocks, parameters, ``<task>`` and ``<task>_stderr`` for each task,
+    generative, multiple_choice (means over the tasks of a kind) and their ``_stderr``, tokens_per_second,
+    teacher_tokens_per_second, ratio, tokens (along the lineage), minutes, frontier.
+    A mean stands only if every task of its kind was measured, so that means compare like with like. If a task
+    has several metrics, the first one listed counts. Accuracies are fractions.
+    """
+    tasks = tasks_of(run)
+    rows = [_row("teacher", 0, run.teacher, None, tasks)]
+    rows += [_row(s.name, s.index, s.records["measure"], s.records["train"], tasks) for s in run.stages]
+    frame = pd.DataFrame(rows)
+    if math.isnan(frame.loc[0, "tokens_per_second"]):
+        frame.loc[0, "tokens_per_second"] = frame["teacher_tokens_per_second"].median()
+    frame.loc[0, "ratio"] = 1.0 if frame.loc[0, "tokens_per_second"] > 0 else math.nan
+    frame["frontier"] = on_frontier(frame)
+    return frame
+
+
+def on_frontier(
+    frame: pd.DataFrame, x: str = "tokens_per_second", y: str = "generative"
+) -> "pd.Series[bool]":
+    """Whether no other row is at least as good in both `x` and `y` and better in one; never with a NaN."""
+    known = frame[[x, y]].dropna()
+
+    def dominated(point: "pd.Series[float]") -> bool:
+        no_worse = (known[x] >= point[x]) & (known[y] >= point[y])
+        better = (known[x] > point[x]) | (known[y] > point[y])
+        return bool((no_worse & better).any())
+
+    best = [i in known.index and not dominated(known.loc[i]) for i in frame.index]
+    return pd.Series(best, index=frame.index, dtype=bool)
+
+
+def best_hybrid(frame: pd.DataFrame, keep: float = 0.95) -> "pd.Series[Any] | None":
+    """The hybrid of the largest ratio that keeps `keep` of the teacher's mean generative accuracy, if any."""
+    floor = keep * frame.loc[0, "generative"]
+    good = frame[(frame["stage"] > 0) & (frame["generative"] >= floor) & frame["ratio"].notna()]
+    return None if good.empty else good.loc[good["ratio"].idxmax()]
+
+
+def loss_frame(run: Run) -> pd.DataFrame:
+    """Training curves: model, step, tokens (along the lineage), loss, eval_loss.
+
+    A log line's ``tokens`` are those of its stage so far; a line without them is placed by interpolation.
+    A step logged twice, as after a resumption, counts once, the last time.
+    """
+    columns = ["step", "tokens", "loss", "eval_loss"]
+    frames, end = [], 0.0
+    for stage in run.stages:
+        if not stage.log:
+            continue
+        train, measure = stage.records["train"] or {}, stage.records["measure"] or {}
+        spent, total = number(train, "tokens"), number(measure, "tokens")
+        begin = total - spent if total >= spent else end  # NaN compares false
+        zero = {"step": 0, "tokens": 0, "eval_loss": train.get("eval_loss_start")}
+        lines = pd.DataFrame([zero, *stage.log]).reindex(columns=columns).astype(float)
+        lines = lines.groupby("step").last().sort_index()
+        lines["tokens"] = lines["tokens"].interpolate(method="index") + begin
+        end = float(lines["tokens"].max())
+        frames.append(lines.reset_index().assign(model=stage.name))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["model", *columns])
+
+
+def throughput_frame(run: Run) -> pd.DataFrame:
+    """Decode: model, batch, context, step_seconds and its quartiles (``_low``, ``_high``), cache_bytes.
+
+    The teacher is measured beside every hybrid: its row is the median of those runs, its band spans them all.
+    """
+    values = {"step_seconds": "median", "cache_bytes": "median"}
+    values |= {"step_seconds_low": "min", "step_seconds_high": "max"}
+    keys = ["model", "batch", "context"]
+    measures = [("teacher", run.teacher), *((stage.name, stage.records["measure"]) for stage in run.stages)]
+    rows = [
+        {**row, "model": "teacher" if row.get("model") == "teacher" else name}
+        for name, measure in measures
+        for row in (measure or {}).get("throughput") or []
+    ]
+    frame = pd.DataFrame(rows).reindex(columns=[*keys, *values])
+    frame = frame.astype({column: float for column in values})
+    return frame.groupby(keys, sort=False, as_index=False).agg(values).sort_values(["batch", "context"])
+
+
+def number(record: Record, key: str) -> float:
+    """`record[key]`, or NaN where it is absent or no number."""
+    value = record.get(key)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _row(
+    name: str, index: int, measure: Record | None, train: Record | None, tasks: Mapping[str, str]
+) -> dict[str, Any]:
+    measure = measure or {}
+    headline = measure.get("headline") or {}
+    row: dict[str, Any] = {"stage": index, "name": name}
+    row |= {key: number(measure, key) for key in ("replaced", "num_blocks", "parameters")}
+    found = {str(entry["task"]): entry for entry in reversed(measure.get("accuracy") or [])}
+    for task in tasks:
+        row[task] = number(found.get(task, {}), "value")
+        row[f"{task}_stderr"] = number(found.get(task, {}), "stderr")
+    for kind in ("generative", "multiple_choice"):
+        names = [task for task, of in tasks.items() if of == kind]
+        row[kind] = sum(row[t] for t in names) / len(names) if names else math.nan
+        row[f"{kind}_stderr"] = (
+            math.hypot(*(row[f"{t}_stderr"] for t in names)) / len(names) if names else math.nan
+        )
+    speed, teacher = number(headline, "tokens_per_second"), number(headline, "teacher_tokens_per_second")
+    if index == 0 and math.isnan(speed):
+        speed = teacher
+    ratio = number(headline, "ratio")
+    row |= {
+        "tokens_per_second": speed,
+        "teacher_tokens_per_second": teacher,
+        "ratio": speed / teacher if math.isnan(ratio) and teacher > 0 else ratio,
+        "tokens": number(measure, "tokens"),
+        "minutes": number(measure, "minutes")
+        if "minutes" in measure or not train
+        else number(train, "minutes"),
+    }
+    return row
+
+
+def _read_json(file: Path) -> Record | None:
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); run the step that wrote it again") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} holds a {type(record).__name__}, expected an object")
+    return record
+
+
+def _read_log(file: Path) -> tuple[Record, ...]:
+    if not file.is_file():
+        return ()
+    lines = file.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):  # a torn last line is what a killed step leaves
+                raise ValueError(f"{file}, line {number} is not valid JSON: {error}") from error
+    return tuple(records)
+
+
+def _read_yaml(file: Path) -> Record:
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}, expected a mapping")
+    return config

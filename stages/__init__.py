@@ -1,0 +1,1 @@
+"""One verb per file; each reads one folder and writes another."""
