@@ -151,6 +151,16 @@ class SlurmConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What ``distill plan`` assumes of a device."""
+
+    device_tflops: float = 0.0
+    """Peak TFLOP/s of one device (0: measure this machine)."""
+    utilisation: float = 0.4
+    """Share of the peak that training reaches."""
+
+
+@dataclass
 class RunConfig:
     """One run: a teacher taken through a schedule of hybrids."""
 
@@ -174,6 +184,7 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Sized
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +23,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from distill.config import TrainConfig
 from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
+from distill.losses import distillation_loss
+from distill.teacher import Teacher
 
-NO_DECAY = ("A_log", "D", "dt_bias", "bias", "norm", "embed_tokens")
-"""A parameter whose name holds one of these parts gets no weight decay."""
+NO_DECAY = re.compile(r"A_log|\.D$|dt_bias|bias|norm|embed_tokens|lm_head")
+"""A parameter whose name matches gets no weight decay."""
 
 
 class ProgressCallback(TrainerCallback):
@@ -90,12 +94,7 @@ class LanguageTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that decay: all but those in ``NO_DECAY``."""
-        return [
-            name
-            for name, _ in model.named_parameters()
-            if not any(part in segment for segment in name.split(".") for part in NO_DECAY if part != "D")
-            and name.split(".")[-1] != "D"
-        ]
+        return [name for name, _ in model.named_parameters() if not NO_DECAY.search(name)]
 
 
 def training_arguments(
@@ -187,6 +186,64 @@ class StopOnNonFinite(TrainerCallback):
             )
 
 
-def count_targets(batch: dict[str, torch.Tensor]) -> int:
-    """Valid targets of a batch: labels [R, T], of which the first of a row is never predicted."""
-    return int((batch["labels"][:, 1:] != IGNORE).sum())
+def _objective(
+    loss: str,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.nn.Module,
+    labels: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.nn.Module,
+    *,
+    temperature: float,
+    count: Any,
+) -> torch.Tensor:
+    """``distillation_loss`` with its arguments in the order that a partial wants."""
+    return distillation_loss(
+        loss, hidden, head, teacher_hidden, teacher_head, labels, temperature=temperature, count=count
+    )
+
+
+class DistillTrainer(LanguageTrainer):
+    """Distils a hybrid from a frozen teacher: the loss is taken inside the student's forward, over the valid
+    targets of the global batch (all ranks, all accumulation steps)."""
+
+    def __init__(self, *args: Any, teacher: Teacher, loss: str, temperature: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.loss, self.temperature = teacher, loss, temperature
+        self.loss_is_scaled_for_ga = True
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        objective = partial(
+            _objective, self.loss, self.teacher.hidden(inputs), self.teacher.head, labels,
+            temperature=self.temperature, count=num_items_in_batch,
+        )  # fmt: skip
+        output = model(**inputs, use_cache=False, objective=objective)
+        loss = output.loss
+        if num_items_in_batch is not None:  # ranks' gradients are averaged, the count is global
+            loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+
+@torch.no_grad()
+def heldout_loss(model: Any, teacher: Teacher, rows: Any, batch_size: int, loss: str, temperature: float) -> float:
+    """Mean loss over the valid targets of fixed held-out rows (a sequence of packed rows)."""
+    total, count = 0.0, 0
+    device = model.device
+    training = model.training
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        objective = partial(
+            _objective, loss, teacher.hidden(inputs), teacher.head, labels, temperature=temperature, count=1.0
+        )
+        part = model(**inputs, use_cache=False, objective=objective).loss
+        total += float(part)
+        count += int((labels[:, 1:] != IGNORE).sum())
+    model.train(training)
+    return total / max(count, 1)

@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib.style
@@ -101,13 +102,13 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     known = frame.dropna(subset=["tokens_per_second", "generative"])
     xs, ys = known["tokens_per_second"], 100 * known["generative"]
     errors = 100 * known["generative_stderr"].fillna(0)
-    figure = Figure(figsize=(width, 0.42 * width + 0.9), layout="constrained")
+    figure = Figure(figsize=(width, 0.35 * width + 1.6), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="decode throughput (output tokens/s)", ylabel="mean generative accuracy (%)")
-    axes.set_xlim(*_limits(xs.min(), xs.max(), 0.3 * xs.max()))
+    axes.set_xlim(*_limits(xs.min(), xs.max(), 0.3 * xs.max(), after=1.45 if width > 6 else 1.85))
     axes.set_ylim(*_limits((ys - errors).min(), (ys + errors).max(), 6))
-    axes.set_yticks([t for t in MaxNLocator(6).tick_values(*axes.get_ylim()) if 0 <= t <= 100], minor=False)
-    axes.set_ylim(*_limits((ys - errors).min(), (ys + errors).max(), 6))
+    low, high = axes.get_ylim()
+    axes.set_yticks([t for t in MaxNLocator(6).tick_values(low, high) if max(low, 0) <= t <= min(high, 100)])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     axes.xaxis.set_major_locator(MaxNLocator(7 if width > 6 else 4))
     edge = known[known["frontier"]].sort_values("tokens_per_second")
@@ -146,7 +147,7 @@ def placement(stages: Sequence[Stage], width: float = WIDE) -> Figure:
                 if mixer != "attention" and block in converted:
                     new = converted[block] == rows[row][0]
                     style = {"weight": "bold" if new else "normal", "alpha": 1.0 if new else 0.75}
-                    size = 8 if per_line <= 26 or width > 6 and per_line <= 40 else 6.5
+                    size = 8 if per_line <= (40 if width > 6 else 26) else 6.5
                     axes.text(
                         block,
                         row,
@@ -188,10 +189,10 @@ def loo(stage: Stage, width: float = WIDE) -> Figure:
     axes.axhline(0, color=MUTED, lw=0.8)
     axes.set(xlabel="block", ylabel=f"importance ({scores.get('metric', 'acc')} lost)")
     axes.set_xticks([b for b in blocks["block"].astype(int) if len(blocks) <= 20 or b % 5 == 0])
-    axes.tick_params(axis="x", length=0)
-    for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
-        if tick in colours:  # a bar near zero shows no colour
-            label.set(color=colours[int(tick)], weight="bold")
+    axes.tick_params(axis="x", length=0, pad=7)
+    size = min(5.5, 36 * width / len(blocks))
+    for block, colour in colours.items():  # a bar near zero shows no colour
+        axes.plot(block, 0, "s", ms=size, color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_xlim(blocks["block"].min() - 0.6, blocks["block"].max() + 0.6)
     axes.grid(False, axis="x")
     _legend(figure, _chosen_legend(stage, "bar"), width)
@@ -207,36 +208,33 @@ def mmr(stage: Stage, width: float = WIDE) -> Figure:
     ranks = blocks[columns[1:]].rank(method="first").astype(int)
     heights = [_unit(blocks[column]) for column in columns[1:]]
     colours = _chosen_colours(stage)
-    height = 1.1 + 0.2 * max(len(blocks), 8)
+    height = 1.1 + 0.18 * max(len(blocks), 8)
     figure = Figure(figsize=(width, height))
-    left, right = (1.35, 2.25) if width > 6 else (1.2, 1.85)
-    axes = figure.add_axes(
-        (left / width, 0.1 / height, (width - left - right) / width, (height - 0.9) / height)
-    )
+    left, right = (1.6, 2.35) if width > 6 else (1.2, 1.95)
+    word = "block " if width > 6 else ""
+    axes = figure.add_axes((left / width, 0.1 / height, (width - left - right) / width, (height - 0.9) / height))
     axes.axis("off")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     inch = 1 / (width - left - right)
-    for i, row in blocks.iterrows():
-        block = int(row["block"])
+    for i in blocks.index:
+        block = int(blocks.loc[i, "block"])
         colour, chosen = colours.get(block, MIXERS["attention"]), block in colours
         line: dict[str, Any] = {"color": colour, "lw": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
         axes.plot([0, 1], [at[i] for at in heights], "o-", ms=4, clip_on=False, **line)
     for side, (column, at) in enumerate(zip(columns[1:], heights, strict=True)):
         order, away, decimals = at.sort_values().index, 2 * side - 1, _decimals(blocks[column])
-        for i, text_at in zip(order, _spread(list(at[order]), 0.19 / (height - 0.9)), strict=True):
+        for i, text_at in zip(order, _spread(list(at[order]), 0.17 / (height - 0.9)), strict=True):
             block, (start, end) = int(blocks.loc[i, "block"]), ranks.loc[i]
             colour = colours.get(block, MIXERS["attention"])
             loss = f"{blocks.loc[i, column]:.{decimals}f}"
             moved = f"rank {end}" if start == end else f"rank {start} → {end}"
-            label = f"{loss}{EM_SPACE}block {block}, {moved}" if side else f"block {block}{EM_SPACE}{loss}"
+            label = f"{loss}{EM_SPACE}{word}{block}, {moved}" if side else f"{word}{block}{EM_SPACE}{loss}"
             ends = [side, side + 0.3 * away * inch]
             axes.plot(ends, [at[i], text_at], color=colour, lw=0.7, clip_on=False)
             ha, weight = ("left" if side else "right"), ("bold" if block in colours else "normal")
-            axes.text(
-                ends[1] + 0.05 * away * inch, text_at, label, ha=ha, va="center", fontsize=8, weight=weight
-            )
+            axes.text(ends[1] + 0.05 * away * inch, text_at, label, ha=ha, va="center", fontsize=8, weight=weight)
     top = 1 + 0.22 / (height - 0.9)
-    axes.text(0, top, "loss at 0 steps", ha="center", color=MUTED)
+    axes.text(0, top, "loss at 0 steps" if word else "block, loss at 0", ha="center", color=MUTED)
     axes.text(1, top, f"after {scores.get('steps', 'the last')} steps", ha="center", color=MUTED)
     _legend(figure, _chosen_legend(stage, "line"), width)
     return figure
@@ -248,7 +246,8 @@ def loss(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     colours = model_colours(frame["model"])
     figure = Figure(figsize=(width, 3.3), layout="constrained")
     axes = figure.subplots()
-    for model, lines in frame.groupby("model", sort=False):
+    for model in frame["model"].unique():
+        lines = frame[frame["model"] == model]
         train, held_out = lines.dropna(subset=["loss"]), lines.dropna(subset=["eval_loss"])
         smooth = train["loss"].rolling(max(1, len(train) // 25), min_periods=1, center=True).mean()
         axes.plot(train["tokens"], train["loss"], color=colours[model], lw=0.7, alpha=0.35)
@@ -327,9 +326,7 @@ def _panels(frame: pd.DataFrame, value: str, scale: float, label: str, width: fl
         axes.set_xscale("log", base=2)
         contexts = sorted(here["context"].unique())
         axes.set_xticks(contexts[:: math.ceil(len(contexts) / 7)])
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1e4 else f"{x / 1024:,.0f}K")
-        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1e4 else f"{x / 1024:,.0f}K"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(bottom=0)
         axes.set_title(f"batch {batch}", color=INK, weight="bold")
@@ -382,7 +379,7 @@ def _label_points(
         taken.append(Bbox.from_extents(px - 5, low - 2, px + 5, high + 2))
         taken.append(Bbox.from_extents(px - 8, middle - 8, px + 8, middle + 8))
     corners = place(stairs)
-    for (x0, y0), (x1, y1) in zip(corners[:-1], corners[1:], strict=True):
+    for (x0, y0), (x1, y1) in pairwise(corners):
         taken.append(Bbox.from_extents(x0 - 1, y1 - 1, x0 + 1, y0 + 1))
         taken.append(Bbox.from_extents(x0, y1 - 1, x1, y1 + 1))
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
@@ -391,10 +388,10 @@ def _label_points(
         note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, zorder=4)
         note.set_linespacing(1.25)
         choices = []
-        for reach in (10, 16, 26, 40, 60, 84):
+        for reach in (10, 13, 16, 21, 27, 35, 45, 60, 80):
             for dx, dy in sides:
                 note.set(position=(dx * reach, dy * reach), ha=align[dx][0], va=align[dy][1])
-                box = note.get_window_extent(renderer).padded(3)
+                box = note.get_window_extent(renderer).padded(2)
                 outside = box.width * box.height - _overlap(box, inside)
                 clash = sum(_overlap(box, other) for other in taken)
                 choices.append((10 * outside + clash, reach, dx, dy, box))
@@ -411,10 +408,10 @@ def _overlap(one: Bbox, other: Bbox) -> float:
     return both.width * both.height if both else 0.0
 
 
-def _limits(low: float, high: float, least: float) -> tuple[float, float]:
-    """Axis limits around low..high with room for labels, spanning `least` or more."""
-    half = max(high - low, least) / 2
-    return (low + high) / 2 - 1.35 * half, (low + high) / 2 + 1.35 * half
+def _limits(low: float, high: float, least: float, after: float = 1.45) -> tuple[float, float]:
+    """Axis limits around low..high, taken to span `least` or more, with room for labels (more at the end)."""
+    half, middle = max(high - low, least) / 2, (low + high) / 2
+    return middle - 1.45 * half, middle + after * half
 
 
 def _unit(values: "pd.Series[float]") -> "pd.Series[float]":

@@ -102,17 +102,15 @@ def stage_frame(run: Run) -> pd.DataFrame:
     tasks = tasks_of(run)
     rows = [_row("teacher", 0, run.teacher, None, tasks)]
     rows += [_row(s.name, s.index, s.records["measure"], s.records["train"], tasks) for s in run.stages]
+    if math.isnan(rows[0]["tokens_per_second"]):  # the stages timed the teacher too
+        rows[0]["tokens_per_second"] = float(pd.Series([r["teacher_tokens_per_second"] for r in rows]).median())
+    rows[0]["ratio"] = 1.0 if rows[0]["tokens_per_second"] > 0 else math.nan
     frame = pd.DataFrame(rows)
-    if math.isnan(frame.loc[0, "tokens_per_second"]):
-        frame.loc[0, "tokens_per_second"] = frame["teacher_tokens_per_second"].median()
-    frame.loc[0, "ratio"] = 1.0 if frame.loc[0, "tokens_per_second"] > 0 else math.nan
     frame["frontier"] = on_frontier(frame)
     return frame
 
 
-def on_frontier(
-    frame: pd.DataFrame, x: str = "tokens_per_second", y: str = "generative"
-) -> "pd.Series[bool]":
+def on_frontier(frame: pd.DataFrame, x: str = "tokens_per_second", y: str = "generative") -> "pd.Series[bool]":
     """Whether no other row is at least as good in both `x` and `y` and better in one; never with a NaN."""
     known = frame[[x, y]].dropna()
 
@@ -127,9 +125,9 @@ def on_frontier(
 
 def best_hybrid(frame: pd.DataFrame, keep: float = 0.95) -> "pd.Series[Any] | None":
     """The hybrid of the largest ratio that keeps `keep` of the teacher's mean generative accuracy, if any."""
-    floor = keep * frame.loc[0, "generative"]
+    floor = keep * frame["generative"].iloc[0]
     good = frame[(frame["stage"] > 0) & (frame["generative"] >= floor) & frame["ratio"].notna()]
-    return None if good.empty else good.loc[good["ratio"].idxmax()]
+    return None if good.empty else good.sort_values("ratio", kind="stable").iloc[-1]
 
 
 def loss_frame(run: Run) -> pd.DataFrame:
@@ -170,7 +168,7 @@ def throughput_frame(run: Run) -> pd.DataFrame:
         for row in (measure or {}).get("throughput") or []
     ]
     frame = pd.DataFrame(rows).reindex(columns=[*keys, *values])
-    frame = frame.astype({column: float for column in values})
+    frame = frame.astype(dict.fromkeys(values, float))
     return frame.groupby(keys, sort=False, as_index=False).agg(values).sort_values(["batch", "context"])
 
 
@@ -194,9 +192,7 @@ def _row(
     for kind in ("generative", "multiple_choice"):
         names = [task for task, of in tasks.items() if of == kind]
         row[kind] = sum(row[t] for t in names) / len(names) if names else math.nan
-        row[f"{kind}_stderr"] = (
-            math.hypot(*(row[f"{t}_stderr"] for t in names)) / len(names) if names else math.nan
-        )
+        row[f"{kind}_stderr"] = math.hypot(*(row[f"{t}_stderr"] for t in names)) / len(names) if names else math.nan
     speed, teacher = number(headline, "tokens_per_second"), number(headline, "teacher_tokens_per_second")
     if index == 0 and math.isnan(speed):
         speed = teacher
@@ -206,9 +202,7 @@ def _row(
         "teacher_tokens_per_second": teacher,
         "ratio": speed / teacher if math.isnan(ratio) and teacher > 0 else ratio,
         "tokens": number(measure, "tokens"),
-        "minutes": number(measure, "minutes")
-        if "minutes" in measure or not train
-        else number(train, "minutes"),
+        "minutes": number(measure, "minutes") if "minutes" in measure or not train else number(train, "minutes"),
     }
     return row
 

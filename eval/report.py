@@ -34,6 +34,7 @@ from eval.pareto import (
 )
 
 NOT_MEASURED = "not measured"
+TIMES, DASH, MINUS, APOSTROPHE = "\u00d7", "\u2013", "\u2212", "\u2019"
 KEEP = 0.95
 """Share of the teacher's mean generative accuracy that a hybrid must keep to be called a success."""
 
@@ -58,7 +59,7 @@ CAPTIONS = {
     "decode": (
         "Decode time",
         "Median time of one decode step and its quartiles (band). Teacher and hybrid are timed alternately "
-        "in one process; the teacher’s line is the median of those runs, its band spans them all. From the "
+        "in one process; the teacher's line is the median of those runs, its band spans them all. From the "
         "step <code>measure</code>.",
     ),
     "cache": (
@@ -80,7 +81,7 @@ MMR = (
 TABLE = (
     "Accuracies in per cent, ± one standard error; a mean stands where all its tasks were measured. ● is "
     "on the Pareto frontier. Tokens/s: output tokens{protocol}; vs teacher: against the teacher timed in "
-    "the same run. Tokens count along the lineage, minutes are those of the stage’s own training. From the "
+    "the same run. Tokens count along the lineage, minutes are those of the stage's own training. From the "
     "steps <code>measure</code> and <code>train</code>; in full precision in stages.csv."
 )
 
@@ -117,11 +118,7 @@ def table(run: Path) -> str:
     records = read_run(run)
     rows = table_rows(stage_frame(records), tasks_of(records))
     split = len(rows[0]) - 4
-    blocks = (
-        [rows, None]
-        if _width(rows) <= 110
-        else [[r[:split] for r in rows], [[r[0], *r[split:]] for r in rows]]
-    )
+    blocks = [rows, None] if _width(rows) <= 110 else [[r[:split] for r in rows], [[r[0], *r[split:]] for r in rows]]
     return "\n\n".join(_aligned(block) for block in blocks if block)
 
 
@@ -138,9 +135,9 @@ def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
                 str(row["name"]),
                 *(percent(row[key], row[f"{key}_stderr"]) for key in [*tasks, *kinds]),
                 speed(row["tokens_per_second"]),
-                measured(row["ratio"], "{:.2f}×"),
-                "–" if teacher else count(row["tokens"]) if row["tokens"] >= 0 else NOT_MEASURED,
-                "–" if teacher else measured(row["minutes"], "{:,.1f}"),
+                measured(row["ratio"], "{:.2f}" + TIMES),
+                DASH if teacher else count(row["tokens"]) if row["tokens"] >= 0 else NOT_MEASURED,
+                DASH if teacher else measured(row["minutes"], "{:,.1f}"),
             ]
         )
     return rows
@@ -148,10 +145,10 @@ def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
 
 def summary(run: Run, frame: pd.DataFrame) -> str:
     """What the run found, in plain words computed from its figures."""
-    teacher, hybrids = frame.loc[0], frame[frame["stage"] > 0]
+    teacher, hybrids = frame.iloc[0], frame[frame["stage"] > 0]
     done = hybrids[hybrids["generative"].notna()]
     if math.isnan(teacher["generative"]):
-        return "The teacher’s generative accuracy has not been measured: nothing to compare hybrids with yet."
+        return "The teacher's generative accuracy has not been measured: nothing to compare hybrids with yet."
     base = f"{100 * teacher['generative']:.1f}%"
     if done.empty:
         return (
@@ -160,17 +157,16 @@ def summary(run: Run, frame: pd.DataFrame) -> str:
         )
     best = best_hybrid(frame, KEEP)
     if best is None:
-        near = done.loc[done["generative"].idxmax()]
-        slow = "" if near["ratio"] >= 0 else " (its speed has not been measured)"
+        near = done.sort_values("generative").iloc[-1]
         if near["generative"] >= KEEP * teacher["generative"]:
-            return f"{near['name']} keeps {_kept(near, teacher)}{slow}, so no speed-up can be stated."
+            return f"{near['name']} keeps {_kept(near, teacher)}; no speed has been measured beside the teacher's yet."
         return (
-            f"No hybrid keeps {KEEP:.0%} of the teacher’s mean generative accuracy ({base}). "
+            f"No hybrid keeps {KEEP:.0%} of the teacher's mean generative accuracy ({base}). "
             f"The nearest is {near['name']}, which keeps {_kept(near, teacher)}{_gain(near['ratio'])}."
         )
     text = (
         f"{best['name']} keeps {_kept(best, teacher)}{_gain(best['ratio'])}"
-        f"{_protocol(run)}. It is the fastest hybrid that keeps at least {KEEP:.0%} of the teacher’s accuracy"
+        f"{_protocol(run)}. It is the fastest hybrid that keeps at least {KEEP:.0%} of the teacher's accuracy"
     )
     cost = [f"{count(best['tokens'])} training tokens"] if best["tokens"] >= 0 else []
     minutes = hybrids[hybrids["stage"] <= best["stage"]]["minutes"].sum(skipna=False)
@@ -242,7 +238,7 @@ def html_page(run: Run, frame: pd.DataFrame, plots: list[Plot]) -> str:
     """The whole page as text."""
     name = escape(str(run.config.get("name", run.path.name)))
     lacks = missing(run)
-    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(summary(run, frame))}</p>']
+    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(summary(run, frame)).replace("&#x27;", APOSTROPHE)}</p>']
     if lacks:
         items = "".join(f"<li>{escape(line)}</li>" for line in lacks)
         parts.append(f"<aside><p>This run is not finished. Missing:</p><ul>{items}</ul></aside>")
@@ -255,13 +251,9 @@ def html_page(run: Run, frame: pd.DataFrame, plots: list[Plot]) -> str:
         if plot.name == "pareto":
             parts += ["<h2>Stages</h2>", html_table(run, frame)]
     config = (
-        escape(yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True))
-        if run.config
-        else NOT_MEASURED
+        escape(yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)) if run.config else NOT_MEASURED
     )
-    parts.append(
-        f"<h2>Config</h2><details><summary>Resolved config, run.yaml</summary><pre>{config}</pre></details>"
-    )
+    parts.append(f"<h2>Config</h2><details><summary>Resolved config, run.yaml</summary><pre>{config}</pre></details>")
     return PAGE.format(title=name, style=CSS, body="\n".join(parts))
 
 
@@ -276,7 +268,8 @@ def html_figure(plot: Plot) -> str:
             for size, width in (("wide", WIDE), ("narrow", NARROW))
         )
     heading = f"<h3>{escape(plot.title)}</h3>" if plot.title else ""
-    return f"<figure>{heading}{images}<figcaption>{plot.caption}</figcaption></figure>"
+    caption = plot.caption.replace("'", APOSTROPHE)
+    return f"<figure>{heading}{images}<figcaption>{caption}</figcaption></figure>"
 
 
 def html_table(run: Run, frame: pd.DataFrame) -> str:
@@ -289,10 +282,8 @@ def html_table(run: Run, frame: pd.DataFrame) -> str:
         cells = "".join(html_cell(cell) for cell in row[1:])
         lines.append(f'<tr><th scope="row">{escape(row[0])}{mark}</th>{cells}</tr>')
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    caption = TABLE.format(protocol=escape(_protocol(run)))
-    return (
-        f'<figure><div class="scroll"><table>{body}</table></div><figcaption>{caption}</figcaption></figure>'
-    )
+    caption = TABLE.format(protocol=escape(_protocol(run))).replace("'", APOSTROPHE)
+    return f'<figure><div class="scroll"><table>{body}</table></div><figcaption>{caption}</figcaption></figure>'
 
 
 def html_cell(text: str) -> str:
@@ -322,13 +313,9 @@ def speed(value: float) -> str:
 
 def _kept(row: "pd.Series[Any]", teacher: "pd.Series[Any]") -> str:
     share = row["generative"] / teacher["generative"] if teacher["generative"] > 0 else math.nan
-    blocks = (
-        f" with {row['replaced']:.0f} of {row['num_blocks']:.0f} blocks replaced"
-        if row["num_blocks"] > 0
-        else ""
-    )
+    blocks = f" with {row['replaced']:.0f} of {row['num_blocks']:.0f} blocks replaced" if row["num_blocks"] > 0 else ""
     return (
-        f"{share:.1%} of the teacher’s mean generative accuracy ({100 * row['generative']:.1f}% "
+        f"{share:.1%} of the teacher's mean generative accuracy ({100 * row['generative']:.1f}% "
         f"against {100 * teacher['generative']:.1f}%){blocks}"
     )
 
@@ -338,7 +325,7 @@ def _gain(ratio: float) -> str:
         return "; its speed has not been measured"
     if abs(ratio - 1) < 0.005:
         return " and decodes as fast as the teacher"
-    return f" and decodes {ratio:.2f}× as fast as the teacher" + (", that is, slower" if ratio < 1 else "")
+    return f" and decodes {ratio:.2f}{TIMES} as fast as the teacher" + (", that is, slower" if ratio < 1 else "")
 
 
 def _at_speed(row: "pd.Series[Any]") -> str:
@@ -359,7 +346,7 @@ def _uneven(frame: pd.DataFrame) -> str:
     if len(speeds) < 2 or speeds.max() <= 1.1 * speeds.min():
         return ""
     return (
-        f" The teacher’s own speed differed between the runs ({speed(speeds.min())} to {speed(speeds.max())} "
+        f" The teacher's own speed differed between the runs ({speed(speeds.min())} to {speed(speeds.max())} "
         "tokens/s), so compare by the ratios in the table."
     )
 
@@ -367,7 +354,7 @@ def _uneven(frame: pd.DataFrame) -> str:
 def _rank_correlation(scores: Record) -> str:
     losses = pd.DataFrame(scores["blocks"]).reindex(columns=["loss_start", "loss_end"]).astype(float).dropna()
     rho = losses["loss_start"].rank().corr(losses["loss_end"].rank()) if len(losses) > 2 else math.nan
-    return measured(rho, "{:.2f}")
+    return measured(rho, "{:.2f}").replace("-", MINUS)
 
 
 def _width(rows: list[list[str]]) -> int:
@@ -426,6 +413,7 @@ figure svg text { font-family: var(--sans) !important; }
 figcaption { color: var(--muted); font-size: .875rem; line-height: 1.5; margin-top: .7rem; max-width: 46rem; }
 .narrow { display: none; }
 .missing { color: var(--muted); font-style: italic; }
+td.missing { white-space: normal; line-height: 1.2; min-width: 4.6em; }
 p.missing { border: 1px dashed var(--grid); padding: 1.2rem; margin: 0; text-align: center; }
 code, pre { font-family: var(--mono); font-size: .9em; }
 .scroll { overflow-x: auto; }

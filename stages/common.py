@@ -1,14 +1,33 @@
-"""What every verb needs: finding configs, threads."""
+"""What every verb shares: targets, threads, and the steps of a run with what each depends on."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import set_seed
 
-from distill.errors import UserError, nearest
+from distill.config import RunConfig, dump_config, load_config
+from distill.data.traces import load_rows
+from distill.errors import UserError, choose, nearest
+from distill.importance import available as scores
+from distill.init import available as initialisations
+from distill.losses import LOSSES
+from distill.mixers import available as mixers
+from distill.placement import parse_name
+from distill.records import Step, fingerprint, read_json, write_text
+from distill.schedule import Stage, build_schedule
+from distill.teacher import DTYPES, load_config as load_model_config, resolve
+
+HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -19,15 +38,13 @@ def shipped_configs() -> dict[str, Path]:
 
 def config_path(target: str) -> Path:
     """The file that CONFIG names: a path, or the short name of one we ship."""
-    shipped = shipped_configs()
-    if target in shipped:
-        return shipped[target]
     path = Path(target).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
-    if path.name in {p.name for p in shipped.values()} and path.parent.name == "configs":
-        return shipped[path.stem]  # configs/x.yaml named from outside the checkout
-    raise UserError(f"no config '{target}'{nearest(target, shipped)}: give a YAML file or one of {', '.join(shipped)}")
+    shipped = shipped_configs()
+    if path.stem in shipped and (target == path.stem or path == Path("configs") / f"{path.stem}.yaml"):
+        return shipped[path.stem]
+    raise UserError(f"no config '{target}'{nearest(target, shipped)}; give a YAML file or one of: {', '.join(shipped)}")
 
 
 def set_threads(threads: int) -> int:
@@ -35,3 +52,217 @@ def set_threads(threads: int) -> int:
     count = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     return count
+
+
+def say(line: str) -> None:
+    """Print a line of progress at once."""
+    print(line, flush=True)
+
+
+@dataclass
+class Context:
+    """A run: its config, its teacher's shape, its stages."""
+
+    config: RunConfig
+    run_dir: Path
+    stages: list[Stage]
+    threads: int
+    teacher: str
+    """What the teacher is, for fingerprints: its config, and its files' names, sizes and first bytes."""
+
+    def folder(self, stage: Stage, step: str) -> Path:
+        """Where a step of a stage writes."""
+        return self.run_dir / "stages" / stage.folder / step
+
+    def checkpoint(self, stage: Stage) -> Path:
+        """The distilled model of a stage."""
+        return self.folder(stage, "train") / "checkpoint"
+
+    def before(self, stage: Stage) -> str:
+        """The model that a stage starts from: the teacher, or the stage before."""
+        return str(self.checkpoint(self.stages[stage.index - 1])) if stage.index else self.config.teacher
+
+    def rows(self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
+        """Packed rows of the run's data; the seed says which."""
+        data = self.config.data
+        return load_rows(
+            data.source, tokenizer, count, data.sequence_length, data.mix, seed, mask=data.mask, held_out=held_out
+        )
+
+    def seed(self, stage: Stage, purpose: int) -> int:
+        """A seed for one purpose within one stage: no two share data or dropout."""
+        return self.config.seed * 1000 + stage.index * 10 + purpose
+
+    def steps(self) -> list[Step]:
+        """Every step of the run in order, each with the inputs that it depends on."""
+        config = self.config
+        base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype, "threads": self.threads}
+        data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
+        for key in ("steps", "steps_by_stage", "save_steps"):
+            train.pop(key)
+        measure = asdict(config.measure)
+        steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
+        previous: dict[str, str] = {}
+        for stage in self.stages:
+            score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
+            trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            inputs = {
+                "score": {**base, "score": score, **trained, "kernels": config.kernels},
+                "place": {"added": stage.added, "mixer": config.mixer.name},
+                "swap": {**base, "mixer": mixer},
+                "train": {**base, "steps": stage.steps, "train": train, "data": data, "kernels": config.kernels},
+                "measure": {**base, "measure": measure, "kernels": config.kernels},
+            }
+            after = dict(previous)
+            for name, values in inputs.items():
+                step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after))
+                steps.append(step)
+                after = {step.name: step.fingerprint}
+                if name == "train":
+                    previous = dict(after)
+        return steps
+
+    def step(self, stage: Stage, name: str) -> Step:
+        """One step of a stage."""
+        return next(s for s in self.steps() if s.name == f"{stage.folder}/{name}")
+
+
+def open_run(target: str, overrides: list[str], *, force: bool = False, write: bool = True) -> Context:
+    """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
+
+    With ``write`` the resolved config goes to ``run.yaml``. Steps that were finished with other inputs are
+    refused, or (``force``) forgotten together with all that follows them.
+    """
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        if not (folder / "run.yaml").is_file():
+            raise UserError(f"{target} is no run folder: it has no run.yaml")
+        config = load_config(RunConfig, folder / "run.yaml", overrides)
+        config.run_dir = str(folder) if not any(o.startswith("run_dir=") for o in overrides) else config.run_dir
+    else:
+        config = load_config(RunConfig, config_path(target), overrides)
+    check(config)
+    threads = set_threads(config.threads)
+    model = load_model_config(config.teacher)
+    stages = build_schedule(config, model.num_hidden_layers)
+    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, identity(config.teacher, model))
+    if write:
+        stale = False
+        for step in context.steps():
+            try:
+                step.check()
+            except UserError:
+                if not force:
+                    raise
+                stale = True
+            if stale:
+                step.forget()
+        try:
+            context.run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(context.run_dir / "run.yaml", dump_config(config))
+        except OSError as error:
+            raise UserError(f"cannot write to run_dir={config.run_dir}: {error.strerror}") from error
+    return context
+
+
+def check(config: RunConfig) -> None:
+    """Raise UserError for values that no step could work with."""
+    choose("dtype", config.dtype, DTYPES)
+    choose("kernels", config.kernels, ("auto", "reference", "cpu"))
+    choose("mixer.name", config.mixer.name, mixers())
+    choose("mixer.init", config.mixer.init, initialisations())
+    choose("train.loss", config.train.loss, LOSSES)
+    choose("data.mask", config.data.mask, ("completion", "all"))
+    for name in (config.score.first, config.score.later):
+        choose("score", name, scores())
+    train, throughput = config.train, config.measure.throughput
+    positive = {
+        "data.sequence_length": config.data.sequence_length,
+        "train.batch_size": train.batch_size,
+        "train.gradient_accumulation": train.gradient_accumulation,
+        "train.temperature": train.temperature,
+        "train.learning_rate": train.learning_rate,
+        "train.eval_rows": train.eval_rows,
+        "measure.batch_size": config.measure.batch_size,
+        "measure.throughput.repeats": throughput.repeats,
+        **{f"train.steps_by_stage[{i}]": steps for i, steps in enumerate([*train.steps_by_stage, train.steps])},
+        **{"measure.throughput.batches": b for b in throughput.batches},
+        **{"measure.throughput.contexts": c for c in throughput.contexts},
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{key}={value} must be above 0")
+    if not throughput.batches or throughput.output_tokens < 2:
+        raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
+    if train.batch_size % train.gradient_accumulation:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is not divisible by "
+            f"train.gradient_accumulation={train.gradient_accumulation}"
+        )
+
+
+def identity(name: str, config: Any) -> str:
+    """A fingerprint of a model: its config, and its weight files' names, sizes and first MiB."""
+    files = []
+    folder = Path(resolve(name))
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                files.append([path.name, path.stat().st_size, hashlib.sha256(file.read(1 << 20)).hexdigest()])
+    return fingerprint([json.loads(config.to_json_string()), files])
+
+
+def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
+    """The stage that ``--stage`` names, or the first in which ``step`` is not done; None when all are."""
+    if name is None:
+        return next((stage for stage in context.stages if not context.step(stage, step).done), None)
+    if name.isdigit() and 1 <= int(name) <= len(context.stages):
+        return context.stages[int(name) - 1]
+    names = {stage.name: stage for stage in context.stages}
+    if not name.isdigit():
+        replaced, _ = parse_name(name)
+        for stage in context.stages:
+            if stage.replaced == replaced:
+                return stage
+    raise UserError(f"no stage '{name}'; this run has {', '.join(names)} (or 1 to {len(names)})")
+
+
+def need(path: Path, verb: str) -> Path:
+    """``path``, which the verb must have written before."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run 'distill {verb}' on this run first")
+    return path
+
+
+def stage_main(
+    args: argparse.Namespace, step: str, perform: Callable[[Context, Stage], bool]
+) -> int:
+    """The main of a verb that does one step of one stage."""
+    context = open_run(args.target, args.overrides, force=args.force)
+    stage = find_stage(context, args.stage, step)
+    if stage is None:
+        say(f"{step} is done in every stage of {context.run_dir}")
+        return 0
+    if args.force:
+        forgetting = False
+        for each in context.steps():
+            forgetting = forgetting or each.name == f"{stage.folder}/{step}"
+            if forgetting:
+                each.forget()
+    if not perform(context, stage):
+        say(f"{stage.name}: {step} is done already")
+    return 0
+
+
+def begin(context: Context, stage: Stage, purpose: int) -> int:
+    """Seed everything for a step; returns the seed."""
+    seed = context.seed(stage, purpose)
+    set_seed(seed)
+    return seed
+
+
+def lineage_tokens(context: Context, stage: Stage) -> int:
+    """Tokens trained on from the teacher up to and including a stage."""
+    return sum(
+        read_json(context.folder(each, "train") / "train.json")["tokens"] for each in context.stages[: stage.index + 1]
+    )

@@ -9,6 +9,7 @@ from the newest checkpoint.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -21,9 +22,8 @@ from distill.trainer import LanguageTrainer, fit, training_arguments
 from stages.common import config_path, set_threads
 
 
-def main(target: str, overrides: list[str]) -> int:
-    config = load_config(PretrainConfig, config_path(target), overrides)
-    pretrain(config)
+def main(args: argparse.Namespace) -> int:
+    pretrain(load_config(PretrainConfig, config_path(args.target), args.overrides))
     return 0
 
 

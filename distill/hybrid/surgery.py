@@ -16,16 +16,22 @@ from distill.init import initialiser
 from distill.mixers import ATTENTION
 
 
-def hybrid_config(config: Any, mixers: Sequence[str], mixer: MixerConfig) -> Any:
-    """The hybrid config of a teacher's (or hybrid's) config with this placement.
-
-    Raises UserError for an architecture that cannot be converted, or a placement that does not fit.
-    """
+def check_convertible(config: Any) -> str:
+    """The family (model_type of the teacher) of a config; UserError where no hybrid can be made of it."""
     family = config.model_type.removeprefix("hybrid_")
     if family not in FAMILIES:
         raise UserError(f"architecture '{config.model_type}' cannot be converted; supported: {', '.join(FAMILIES)}")
     if getattr(config, "sliding_window", None) is not None:
         raise UserError(f"sliding-window attention (sliding_window={config.sliding_window}) cannot be converted")
+    return str(family)
+
+
+def hybrid_config(config: Any, mixers: Sequence[str], mixer: MixerConfig) -> Any:
+    """The hybrid config of a teacher's (or hybrid's) config with this placement.
+
+    Raises UserError for an architecture that cannot be converted, or a placement that does not fit.
+    """
+    family = check_convertible(config)
     keys = config.to_dict()
     for key in ("model_type", "architectures", "layer_types", "transformers_version"):
         keys.pop(key, None)

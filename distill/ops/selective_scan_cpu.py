@@ -129,9 +129,7 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
 
 
 @_jit
-def _backward(
-    first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, dA, dB, dC, dD, dstate, width, every
-):
+def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, dA, dB, dC, dD, dstate, width, every):
     """Tasks ``first .. last - 1``; dA ``[B, D, N]`` and dD ``[B, D]`` are summed by the caller."""
     N, T, G = len(width), x.shape[1], B.shape[2]
     P = A.shape[0] // G

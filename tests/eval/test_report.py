@@ -1,17 +1,28 @@
 """The report of a run: frontier, table, figures, page; finished, unfinished and hostile run folders."""
 
-import csv
 import json
 import math
 import random
 import re
+import shutil
+from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+
+from eval import figures
+from eval.pareto import loss_frame, on_frontier, read_run, stage_frame, throughput_frame
+from eval.report import NOT_MEASURED, missing, plots_of, summary, table, write_report
 
 BLOCKS = 10
 TASKS = {"add": "generative", "recall": "generative", "chase": "generative", "embedded_choice": "multiple_choice"}
@@ -41,20 +52,12 @@ def measure(name: str, replaced: int, tokens: int, level: float, ratio: float) -
         for context in (64, 128, 256, 512, 1024, 2048):
             teacher = (1.9e-3 + 4e-8 * context * batch) * (1 + batch / 40)
             mine = teacher * (1 - 0.06 * replaced * min(1, context * batch / 4000))
-            for model, seconds, left in (("teacher", teacher, BLOCKS), (name, mine, BLOCKS - replaced)):
-                if name != "teacher" or model == "teacher" and left:
-                    throughput.append(
-                        {
-                            "model": model,
-                            "batch": batch,
-                            "context": context,
-                            "step_seconds": seconds,
-                            "step_seconds_low": 0.96 * seconds,
-                            "step_seconds_high": 1.07 * seconds,
-                            "tokens_per_second": batch / seconds,
-                            "cache_bytes": batch * (left * context * 512 + (BLOCKS - left) * 9000),
-                        }
-                    )
+            timed = {"teacher": (teacher, BLOCKS), name: (mine, BLOCKS - replaced)}
+            for model, (seconds, left) in timed.items():
+                row = {"model": model, "batch": batch, "context": context, "step_seconds": seconds}
+                row |= {"step_seconds_low": 0.96 * seconds, "step_seconds_high": 1.07 * seconds}
+                cache = batch * (left * context * 512 + (BLOCKS - left) * 9000)
+                throughput.append(row | {"tokens_per_second": batch / seconds, "cache_bytes": cache})
     speed = 8123.0
     return {
         "name": name,
@@ -115,3 +118,321 @@ def build_run(path: Path, stages: dict[int, Any] | None = None, steps: int = 200
         record = measure(name, replaced, 4096 * steps * index, level, ratio)
         write_json(stage / "measure" / "measure.json", record)
     return path
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = build_run(tmp_path_factory.mktemp("full") / "run")
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second stage was killed in training, in the middle of a log line."""
+    run = build_run(tmp_path_factory.mktemp("partial") / "run")
+    stage = run / "stages" / "02-H1-7"
+    shutil.rmtree(stage / "measure")
+    (stage / "train" / "train.json").unlink()
+    log = stage / "train" / "log.jsonl"
+    log.write_text(log.read_text()[:5000])
+    write_report(run)
+    return run
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def page(run: Path) -> str:
+    return (run / "report" / "report.html").read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    """The tags of a page, with their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+# ---- the frontier
+
+
+values = st.one_of(st.none(), st.integers(0, 6))
+
+
+@given(st.lists(st.tuples(values, values), max_size=12))
+def test_frontier_is_what_nothing_dominates(points: list[tuple[int | None, int | None]]) -> None:
+    frame = pd.DataFrame(points, columns=["tokens_per_second", "generative"], dtype=float)
+    known = [p for p in points if None not in p]
+    for point, frontier in zip(points, on_frontier(frame), strict=True):
+        beaten = any(q != point and all(b >= a for a, b in zip(point, q, strict=True)) for q in known if point in known)
+        assert frontier == (point in known and not beaten)
+
+
+def test_frontier_leaves_out_a_stage_that_lost_on_both(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", {5: STAGES[5], 7: ([2, 7], 0.9, 1.2)})
+    assert list(stage_frame(read_run(run))["frontier"]) == [True, True, False]
+
+
+# ---- the frames
+
+
+def test_stage_frame_takes_means_over_a_kind(full: Path) -> None:
+    teacher = stage_frame(read_run(full)).iloc[0]
+    assert teacher["generative"] == pytest.approx((0.985 + 0.975 + 0.965) / 3)
+    assert teacher["generative_stderr"] == pytest.approx(math.sqrt(3 * 0.03 / 100) / 3)
+    assert teacher["multiple_choice"] == pytest.approx(0.955)
+
+
+def test_a_mean_over_fewer_tasks_is_no_mean(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    file = run / "stages" / "01-H1-5" / "measure" / "measure.json"
+    edit(file, accuracy=json.loads(file.read_text())["accuracy"][1:])
+    frame = stage_frame(read_run(run))
+    assert math.isnan(frame.loc[1, "add"]) and math.isnan(frame.loc[1, "generative"])
+    assert frame.loc[1, "recall"] > 0 and frame.loc[2, "generative"] > 0
+
+
+def test_teacher_speed_comes_from_the_stages_if_need_be(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    edit(run / "teacher" / "measure.json", headline=None)
+    assert stage_frame(read_run(run)).loc[0, "tokens_per_second"] == 8123
+
+
+def test_losses_lie_along_the_lineage(full: Path) -> None:
+    frame = loss_frame(read_run(full))
+    second = frame[frame["model"] == "H1-7/10"]
+    assert (second["step"].iloc[0], second["tokens"].iloc[0]) == (0, 4096 * 200)
+    assert second["tokens"].iloc[-1] == 2 * 4096 * 200
+    assert frame["tokens"].is_monotonic_increasing
+    assert second["eval_loss"].iloc[0] == pytest.approx(0.7)
+
+
+def test_a_branch_starts_where_it_branched(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    edit(run / "stages" / "02-H1-7" / "measure" / "measure.json", tokens=4096 * 300)
+    frame = loss_frame(read_run(run))
+    assert frame[frame["model"] == "H1-7/10"]["tokens"].iloc[0] == 4096 * 100
+
+
+def test_steps_logged_twice_count_once(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", {5: STAGES[5]}, steps=20)
+    log = run / "stages" / "01-H1-5" / "train" / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 20, "loss": 9.0, "tokens": 81920}) + "\n")
+    frame = loss_frame(read_run(run))
+    assert list(frame["step"]) == list(range(21)) and frame["loss"].iloc[-1] == 9.0
+
+
+def test_throughput_has_one_teacher(full: Path) -> None:
+    frame = throughput_frame(read_run(full))
+    assert set(frame["model"]) == {"teacher", "H1-5/10", "H1-7/10"}
+    assert not frame.duplicated(["model", "batch", "context"]).any()
+
+
+# ---- the page, its figures and the CSV
+
+SECTIONS = ["Accuracy against throughput", "Stages", "Placement", "Importance", "Training", "Decode time", "Cache"]
+FIGURES = ["pareto", "placement", "importance-01", "importance-02", "loss", "decode", "cache"]
+
+
+def test_every_figure_is_there(full: Path) -> None:
+    assert sorted(file.stem for file in (full / "report").glob("*.png")) == sorted(FIGURES)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (full / "report").glob("*.png"))
+    assert page(full).count("<svg") == 2 * len(FIGURES)
+    assert re.findall("<h2>(.*?)</h2>", page(full)) == [*SECTIONS, "Config"]
+    assert page(full).count("From the step") == len(FIGURES) + 1
+    assert NOT_MEASURED not in page(full) and "Missing" not in page(full)
+
+
+def test_page_needs_nothing_else(full: Path) -> None:
+    tags = Tags(page(full)).found
+    links = [value or "" for _, attrs in tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
+    assert links and all(link.startswith("#") for link in links)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags}
+    assert "@import" not in page(full) and not re.search(r"url\((?!#)", page(full))
+
+
+def test_ids_are_unique_and_links_meet_them(full: Path) -> None:
+    tags = Tags(page(full)).found
+    ids = Counter(attrs["id"] for _, attrs in tags if "id" in attrs)
+    assert ids.most_common(1)[0][1] == 1
+    assert {attrs["xlink:href"] for _, attrs in tags if "xlink:href" in attrs} <= {f"#{name}" for name in ids}
+
+
+def test_ink_follows_the_scheme(full: Path) -> None:
+    drawn = "".join(re.findall("<svg.*?</svg>", page(full), flags=re.DOTALL))
+    assert "var(--ink, #1f2431)" in drawn
+    assert not re.search(r"(?<!, )#(1f2431|5f6b7c|dfe3ea|fefefe)", drawn)
+
+
+def test_same_records_same_page(full: Path) -> None:
+    run = read_run(full)
+    plots = [plot for plot in plots_of(run, stage_frame(run)) if plot.name in ("pareto", "cache") and plot.draw]
+    assert len(plots) == 2
+    for plot in plots:
+        assert plot.draw is not None
+        assert figures.svg(plot.draw(figures.WIDE), f"{plot.name}-wide") in page(full)
+
+
+def test_csv(full: Path) -> None:
+    frame = pd.read_csv(full / "report" / "stages.csv")
+    tasks = [column for task in TASKS for column in (task, f"{task}_stderr")]
+    means = [column for kind in ("generative", "multiple_choice") for column in (kind, f"{kind}_stderr")]
+    speed = ["tokens_per_second", "teacher_tokens_per_second", "ratio", "tokens", "minutes", "frontier"]
+    assert list(frame) == ["stage", "name", "replaced", "num_blocks", "parameters", *tasks, *means, *speed]
+    assert list(frame["name"]) == ["teacher", "H1-5/10", "H1-7/10"]
+    pd.testing.assert_frame_equal(frame, stage_frame(read_run(full)), check_dtype=False)
+
+
+def test_values_from_files_are_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("$x$")</script>'
+    run = build_run(tmp_path / "run", steps=3)
+    (run / "run.yaml").write_text(yaml.safe_dump({"name": evil, "schedule": [5, 7], "teacher": evil}))
+    stage = run / "stages" / "01-H1-5"
+    accuracy = [{"task": evil, "kind": "generative", "metric": evil, "value": 0.5, "stderr": 0.1, "n": 10}]
+    edit(stage / "measure" / "measure.json", name=evil, accuracy=accuracy)
+    edit(stage / "place" / "placement.json", name=evil, mixers=[evil] * 10)
+    edit(stage / "score" / "scores.json", metric=evil)
+    edit(run / "stages" / "02-H1-7" / "score" / "scores.json", trainable=evil, scorer=evil)
+    write_report(run)
+    assert "script" not in {tag for tag, _ in Tags(page(run)).found}
+    assert "<script" not in page(run) and page(run).count("&lt;script&gt;") > 5
+
+
+# ---- unfinished runs
+
+
+def test_teacher_only(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", stages={})
+    write_report(run)
+    assert {file.stem for file in (run / "report").glob("*.png")} == {"pareto", "decode", "cache"}
+    assert "Only the teacher has been measured: 97.5% mean generative accuracy at 8,123 tokens/s" in page(run)
+    assert missing(read_run(run)) == ["stage 1, H1-5/10: not started", "stage 2, H1-7/10: not started"]
+
+
+def test_a_stage_cut_short(partial: Path) -> None:
+    (line,) = missing(read_run(partial))
+    assert re.fullmatch(r"stage 2, H1-7/10: lacks train \(reached step \d+ of 200\), measure", line)
+    assert line in page(partial)
+    *_, row = re.findall("<tr>.*?</tr>", page(partial))
+    cells = re.findall("<td.*?>(.*?)</td>", row)
+    assert cells == [NOT_MEASURED] * (len(TASKS) + 6)
+
+
+@pytest.mark.parametrize("step", ["score", "place", "train", "measure"])
+def test_any_step_may_be_missing(tmp_path: Path, step: str) -> None:
+    run = build_run(tmp_path / "run", steps=5)
+    shutil.rmtree(run / "stages" / "01-H1-5" / step)
+    shutil.rmtree(run / "teacher")
+    records = read_run(run)
+    drawn = [plot.name for plot in plots_of(records, stage_frame(records)) if plot.draw and plot.draw(figures.WIDE)]
+    assert set(FIGURES) - set(drawn) <= {"importance-01", "pareto"}
+    lines = missing(records)
+    assert lines[0].startswith("the teacher") and lines[1].endswith(f"lacks {step}")
+    assert table(run)
+
+
+def test_an_empty_run(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: empty\nschedule: [5, 7]\n")
+    write_report(tmp_path)
+    assert page(tmp_path).count(f'<p class="missing">{NOT_MEASURED}</p>') == 7
+    assert not list((tmp_path / "report").glob("*.png"))
+
+
+def test_no_run_folder_and_broken_records_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a run folder"):
+        read_run(tmp_path / "nowhere")
+    run = build_run(tmp_path / "run", steps=3)
+    (run / "teacher" / "measure.json").write_text("{")
+    with pytest.raises(ValueError, match=r"measure\.json is not valid JSON"):
+        read_run(run)
+
+
+# ---- words and numbers
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (STAGES, "H1-5/10 keeps 97.9% of the teacher's mean generative accuracy (95.5% against 97.5%)"),
+        ({5: ([1], 0.95, 0.9)}, "decodes 0.90\u00d7 as fast as the teacher, that is, slower"),
+        ({5: ([1], 0.5, 1.4), 7: ([2], 0.6, 1.5)}, "No hybrid keeps 95% of the teacher's mean generative accuracy"),
+        ({5: ([1], 0.5, 1.4), 7: ([2], 0.6, 1.5)}, "The nearest is H1-7/10, which keeps 60.5%"),
+    ],
+)
+def test_summary(tmp_path: Path, stages: dict[int, Any], words: str) -> None:
+    run = read_run(build_run(tmp_path / "run", stages, steps=3))
+    assert words in summary(run, stage_frame(run))
+
+
+def test_summary_without_speed(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", {5: STAGES[5]}, steps=3)
+    edit(run / "stages" / "01-H1-5" / "measure" / "measure.json", headline=None)
+    assert "no speed has been measured" in summary(read_run(run), stage_frame(read_run(run)))
+
+
+def test_table(full: Path, partial: Path) -> None:
+    text = table(full)
+    accuracy, cost = text.split("\n\n")
+    assert [line.split()[0] for line in accuracy.splitlines()] == ["model", "-------", "teacher", "H1-5/10", "H1-7/10"]
+    assert cost.splitlines()[3].split() == ["H1-5/10", "11,616", "1.43\u00d7", "0.82M", "2.3"]
+    assert "96.5 \u00b1 1.7" in accuracy
+    for block in (accuracy, cost):
+        assert len({len(line) for line in block.splitlines()}) == 1
+    assert " 0 " not in table(partial) and NOT_MEASURED in table(partial)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [(640, "640"), (12_345, "12.3K"), (819_200, "0.82M"), (1_638_400, "1.64M"), (55.9e9, "55.9B"), (0, "0")],
+)
+def test_count(tokens: float, text: str) -> None:
+    assert figures.count(tokens) == text
+
+
+# ---- drawing
+
+
+@pytest.mark.parametrize("width", [figures.WIDE, figures.NARROW])
+@pytest.mark.parametrize("crowd", [[0.96, 0.955, 0.93, 0.9, 0.86, 0.83], [0.98, 0.98, 0.7, 0.9, 0.6, 0.95]])
+def test_labels_of_the_pareto_plot_stand_free(width: float, crowd: list[float]) -> None:
+    speeds = [12_591, 13_159, 14_459, 16_652, 18_683, 21_120]
+    rows = [
+        {"name": f"H1-{25 + i}/50", "generative": y, "tokens_per_second": x}
+        for i, (x, y) in enumerate(zip(speeds, crowd, strict=True))
+    ]
+    frame = pd.DataFrame([{"name": "teacher", "generative": 0.975, "tokens_per_second": 8123}, *rows])
+    frame = frame.assign(generative_stderr=0.01, tokens=55.9e9)
+    figure = figures.pareto(frame.assign(frontier=on_frontier(frame)), width)
+    boxes = text_boxes(figure)
+    assert len(boxes) == 7
+    axes = figure.axes[0].get_window_extent()
+    for i, box in enumerate(boxes):
+        assert axes.x0 <= box.x0 and box.x1 <= axes.x1 and axes.y0 <= box.y0 and box.y1 <= axes.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def text_boxes(figure: Figure) -> list[Any]:
+    renderer: Any = FigureCanvasAgg(figure)
+    notes = [note for note in figure.axes[0].texts if isinstance(note, Annotation) and note.get_text()]
+    return [note.get_window_extent(renderer.get_renderer()) for note in notes]
+
+
+@given(st.lists(st.floats(0, 1), max_size=9))
+def test_spread_keeps_order_and_gap(wanted: list[float]) -> None:
+    at = figures._spread(sorted(wanted), 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(at))
+    assert all(-1e-9 <= position <= 1 + 1e-9 for position in at)
+
+
+def test_mixers_keep_their_colours() -> None:
+    colours = figures.mixer_colours(["mamba2", "mamba1", "zeta", "eta"])
+    assert colours["mamba1"] == figures.mixer_colours([])["mamba1"]
+    assert len(set(colours.values())) == len(colours)
+    assert figures.model_colours(["teacher", "a", "b"])["teacher"] == figures.INK

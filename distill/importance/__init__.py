@@ -1,0 +1,61 @@
+"""Importance scores: one file each, whose name is the registered name.
+
+Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
+``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.config import MixerConfig, ScoreConfig, TrainConfig
+from distill.errors import choose
+from distill.teacher import Teacher
+
+Metric = Callable[[Any], Mapping[str, float]]
+"""``metric(model) -> {"accuracy", "stderr", "loglikelihood"}``: what LOO needs of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a score may use.
+
+    Attributes:
+        model: the current model (teacher or hybrid); left as it was.
+        teacher: the frozen teacher.
+        blocks: candidates, all of which have attention.
+        metric: accuracy of a model on prepared log-likelihood requests.
+        rows: training rows; heldout: fixed rows, never trained on.
+        report: called with (block, row) as each candidate is done.
+    """
+
+    model: Any
+    teacher: Teacher
+    blocks: Sequence[int]
+    metric: Metric
+    rows: Any
+    heldout: Any
+    config: ScoreConfig
+    train: TrainConfig
+    mixer: MixerConfig
+    seed: int
+    kernels: str
+    scratch: Path
+    report: Callable[[int, dict[str, float]], None]
+
+
+def available() -> list[str]:
+    """Names of the scores."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def scorer(name: str) -> Callable[[Setup], dict[str, Any]]:
+    """The ``score`` function registered under ``name``."""
+    choose("importance score", name, available())
+    function: Callable[[Setup], dict[str, Any]] = importlib.import_module(f"{__name__}.{name}").score
+    return function

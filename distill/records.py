@@ -1,0 +1,148 @@
+"""The run folder: atomic writes, steps with fingerprints, provenance.
+
+A step reads what earlier steps wrote and writes one folder. It is built in ``NAME.partial`` and renamed when it is
+whole, with ``step.json`` saying what it depended on: run again it is skipped, resumed if it was cut short,
+and refused if what it depends on has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+
+PACKAGES = ("torch", "transformers", "accelerate", "lm-eval", "numba", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or torn file is a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; run the step that writes it first") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def fingerprint(value: Any) -> str:
+    """A hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """Host, versions and time, kept beside every result (and out of every fingerprint)."""
+    return {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """``key: old -> new`` for every leaf in which two mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run: where it writes and what it depends on.
+
+    ``inputs`` are JSON values; ``after`` are the fingerprints of the steps that it reads, by name.
+    """
+
+    name: str
+    folder: Path
+    inputs: dict[str, Any]
+    after: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the inputs and of everything before."""
+        return fingerprint([self.inputs, self.after])
+
+    @property
+    def partial(self) -> Path:
+        """Where the step is built."""
+        return self.folder.with_name(self.folder.name + ".partial")
+
+    @property
+    def done(self) -> bool:
+        """Whether the step has been finished (with these inputs or others: see ``check``)."""
+        return (self.folder / "step.json").is_file()
+
+    def check(self) -> None:
+        """Raise UserError where the step was finished with other inputs, saying which."""
+        if not self.done:
+            return
+        record = read_json(self.folder / "step.json")
+        if record.get("fingerprint") == self.fingerprint:
+            return
+        changed = differences(record.get("inputs"), self.inputs)
+        lines = changed or [f"a step before it changed ({', '.join(self.after)})"]
+        raise UserError(
+            f"{self.folder} was made with other inputs:\n  " + "\n  ".join(lines[:3]) + "\n"
+            "use --force to redo it and what depends on it, or another run_dir"
+        )
+
+    def perform(self, work: Callable[[Path], None], *, resumable: bool = False) -> bool:
+        """Do ``work(folder)`` unless it is done already; returns whether anything was done.
+
+        A partial folder with the same fingerprint is continued if ``resumable``, otherwise begun anew.
+        """
+        self.check()
+        if self.done:
+            return False
+        mark = self.partial / "inputs.json"
+        if self.partial.exists() and not (
+            resumable and mark.is_file() and read_json(mark)["fingerprint"] == self.fingerprint
+        ):
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        record = {"step": self.name, "fingerprint": self.fingerprint, "inputs": self.inputs, "after": self.after}
+        write_json(mark, record)
+        began = time.monotonic()
+        work(self.partial)
+        write_json(
+            self.partial / "step.json",
+            {**record, "seconds": round(time.monotonic() - began, 3), "provenance": provenance()},
+        )
+        mark.unlink()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(self.partial, self.folder)
+        return True
+
+    def forget(self) -> None:
+        """Remove what the step wrote, so that it is done again."""
+        for folder in (self.folder, self.partial):
+            if folder.exists():
+                shutil.rmtree(folder)

@@ -1,0 +1,104 @@
+"""Accuracy through lm-eval: generative and multiple-choice tasks, each figure with its standard error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError, nearest
+from eval.backends import hf
+
+
+@cache
+def _manager(defaults: bool) -> Any:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(Path(__file__).parent / "tasks"), include_defaults=defaults)
+
+
+def task_manager(names: Sequence[str]) -> Any:
+    """An lm-eval task manager that knows ``names``: the embedded suite alone where that is enough (reading the
+    many thousand files of lm-eval's own tasks takes a while), otherwise all.
+
+    Raises UserError for a task that is in neither, naming the nearest.
+    """
+    embedded = _manager(False)
+    if all(name in embedded.all_tasks for name in names):
+        return embedded
+    everything = _manager(True)
+    for name in names:
+        if name not in everything.all_tasks:
+            raise UserError(
+                f"unknown task '{name}'{nearest(name, [*embedded.all_tasks, *everything.all_tasks])}; "
+                "allowed: the embedded suite (embedded_generative, embedded_choice) and lm-eval's tasks"
+            )
+    return everything
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    generative: Sequence[str],
+    multiple_choice: Sequence[str],
+    *,
+    batch_size: int,
+    limit: int = 0,
+) -> list[dict[str, Any]]:
+    """Score a model on tasks (groups and tags are reported task by task).
+
+    Returns:
+        Rows of task, kind, metric, value, stderr, n.
+    """
+    from lm_eval import simple_evaluate
+
+    manager = task_manager([*generative, *multiple_choice])
+    rows: list[dict[str, Any]] = []
+    for kind, tasks in (("generative", generative), ("multiple_choice", multiple_choice)):
+        if not tasks:
+            continue
+        results = simple_evaluate(
+            model=hf.lm(model, tokenizer, batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit or None,
+            bootstrap_iters=0,
+            log_samples=False,
+            apply_chat_template=tokenizer.chat_template is not None,
+            verbosity="ERROR",
+        )
+        assert results is not None
+        for task, figures in results["results"].items():
+            name, metric, value = _main_metric(figures)
+            if metric is None:  # a group's header without a metric of its own
+                continue
+            count = results["n-samples"][task]["effective"]
+            rows.append(
+                {
+                    "task": task.removeprefix("embedded_") if kind == "generative" else task,
+                    "kind": kind,
+                    "metric": metric,
+                    "value": value,
+                    "stderr": (value * (1 - value) / count) ** 0.5,
+                    "n": count,
+                }
+            )
+    return rows
+
+
+def _main_metric(figures: dict[str, Any]) -> tuple[str, str | None, float]:
+    """The task's own metric: lm-eval's keys are ``metric,filter``."""
+    for wanted in ("exact_match", "acc_norm", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc"):
+        for key, value in figures.items():
+            if key.split(",")[0] == wanted and isinstance(value, (int, float)):
+                return key, wanted, float(value)
+    return "", None, 0.0
+
+
+def mean_of(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
+    """Mean value over the tasks of a kind; None where there is none."""
+    values = [row["value"] for row in rows if row["kind"] == kind]
+    return sum(values) / len(values) if values else None

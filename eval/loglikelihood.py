@@ -1,0 +1,121 @@
+"""Log-likelihood accuracy on prepared requests: what an importance score needs, many times over.
+
+The requests of an lm-eval multiple-choice task are built and tokenised once; each evaluation is then only forward
+passes, in batches of similar length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import log_softmax
+
+from distill.errors import UserError
+from eval.accuracy import task_manager
+
+
+@dataclass(frozen=True)
+class Request:
+    """One choice of a question: ids [n], of which the last ``targets`` are scored."""
+
+    question: int
+    choice: int
+    ids: tuple[int, ...]
+    targets: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Prepared requests of a multiple-choice task; ``gold[q]`` is the right choice of question q."""
+
+    requests: tuple[Request, ...]
+    gold: tuple[int, ...]
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, batch_tokens: int = 8192) -> dict[str, float]:
+        """accuracy, its stderr, mean log-likelihood of the right answers, and the number of questions."""
+        totals: list[dict[int, float]] = [{} for _ in self.gold]
+        ordered = sorted(self.requests, key=lambda r: len(r.ids))
+        start = 0
+        while start < len(ordered):
+            end = start + 1
+            while end < len(ordered) and len(ordered[end].ids) * (end + 1 - start) <= batch_tokens:
+                end += 1
+            batch = ordered[start:end]
+            for request, value in zip(batch, self._score(model, batch), strict=True):
+                totals[request.question][request.choice] = value
+            start = end
+        right = [max(t, key=t.__getitem__) == gold for t, gold in zip(totals, self.gold, strict=True)]
+        accuracy = sum(right) / len(right)
+        return {
+            "accuracy": accuracy,
+            "stderr": (accuracy * (1 - accuracy) / len(right)) ** 0.5,
+            "loglikelihood": sum(t[g] for t, g in zip(totals, self.gold, strict=True)) / len(right),
+            "questions": float(len(right)),
+        }
+
+    @staticmethod
+    def _score(model: Any, batch: list[Request]) -> list[float]:
+        """Sum of log-probabilities of each request's targets. Padding is on the right, so that no real token
+        sees it under a causal mixer."""
+        width = max(len(r.ids) for r in batch)
+        ids = torch.tensor([[*r.ids, *[0] * (width - len(r.ids))] for r in batch], device=model.device)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        keep = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, r in enumerate(batch):
+            keep[row, len(r.ids) - r.targets - 1 : len(r.ids) - 1] = True
+        keep = keep.to(model.device)
+        logits = model.lm_head(hidden[keep]).float()
+        targets = ids[:, 1:][keep[:, :-1]]
+        values = log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1).cpu()
+        return [float(part.double().sum()) for part in values.split([r.targets for r in batch])]
+
+
+def prepare(task: str, tokenizer: Any, model: Any, questions: int = 0, batch_size: int = 1) -> Requests:
+    """Build the requests of an lm-eval multiple-choice task (the first ``questions``; 0: all).
+
+    Raises UserError for an unknown task, or one that is not multiple choice.
+    """
+    from lm_eval.tasks import get_task_dict
+
+    from eval.backends import hf
+
+    manager = task_manager([task])
+    lm = hf.lm(model, tokenizer, batch_size)
+    chat = tokenizer.chat_template is not None
+    requests: list[Request] = []
+    gold: list[int] = []
+    for each in _flatten(get_task_dict([task], manager)):
+        if each.OUTPUT_TYPE != "multiple_choice":
+            raise UserError(f"task '{task}' is {each.OUTPUT_TYPE}; importance scores need a multiple-choice task")
+        each.build_all_requests(
+            limit=None,
+            apply_chat_template=chat,
+            chat_template=lm.apply_chat_template if chat else None,
+            tokenizer_name=lm.tokenizer_name if chat else "",
+        )
+        first = len(gold)
+        docs = {instance.doc_id: instance.doc for instance in each.instances}
+        place = {doc_id: first + i for i, doc_id in enumerate(sorted(docs))}
+        gold += [int(each.doc_to_target(docs[doc_id])) for doc_id in sorted(docs)]
+        for instance in each.instances:
+            context, continuation = lm._encode_pair(*instance.args)
+            requests.append(
+                Request(place[instance.doc_id], instance.idx, tuple(context + continuation), len(continuation))
+            )
+    if questions:
+        gold = gold[:questions]
+        requests = [r for r in requests if r.question < len(gold)]
+    if not gold:
+        raise UserError(f"task '{task}' has no questions")
+    return Requests(tuple(requests), tuple(gold))
+
+
+def _flatten(tasks: Any) -> list[Any]:
+    """Leaf tasks of lm-eval's nested dict of groups."""
+    leaves: list[Any] = []
+    for value in tasks.values():
+        leaves += _flatten(value) if isinstance(value, dict) else [value]
+    return leaves

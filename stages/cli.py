@@ -1,0 +1,95 @@
+"""The console script ``distill``: ``distill VERB TARGET [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import sys
+from importlib import util
+from pathlib import Path
+
+VERBS = {
+    "run": "stages.pipeline",
+    "plan": "stages.plan",
+    "score": "stages.score",
+    "place": "stages.place",
+    "swap": "stages.swap",
+    "train": "stages.train",
+    "measure": "stages.measure",
+    "report": "stages.report",
+    "submit": "stages.submit",
+    "pretrain": "stages.pretrain",
+}
+TARGETS = {"pretrain": "CONFIG", "plan": "CONFIG|RUN", "submit": "CONFIG|RUN"}
+
+INTRODUCTION = """Turn a pretrained transformer into a fast attention-Mamba hybrid by staged distillation.
+
+  distill run demo                     the whole chain on the embedded teacher
+  distill plan configs/apriel_h1_15b.yaml
+  distill run my.yaml train.steps=500 schedule=[5,7]
+
+CONFIG is a YAML file or the short name of one we ship; RUN is a folder that a run has written. Any key of
+the config can be set after it as key=value. 'distill VERB --help' explains a verb."""
+
+
+def docstring(module: str) -> str:
+    """A module's docstring, read without importing it (imports take seconds)."""
+    spec = util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every verb; each verb's help is its file's docstring."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="distill", description=INTRODUCTION, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, module in VERBS.items():
+        text = docstring(module)
+        sub = verbs.add_parser(verb, help=text.splitlines()[0].rstrip("."), description=text, formatter_class=raw)
+        sub.add_argument("target", metavar=TARGETS.get(verb, "CONFIG|RUN"), help="what to work on (see above)")
+        sub.add_argument("overrides", metavar="key=value", nargs="*", help="config values set over the file's")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if verb in ("score", "place", "swap", "train", "measure"):
+            sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
+        if verb in ("run", "score", "place", "swap", "train", "measure"):
+            sub.add_argument("--force", action="store_true", help="redo what was made with other inputs, and what follows")
+        if verb == "submit":
+            sub.add_argument("--dry-run", action="store_true", help="print the SLURM scripts")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Exit code 0, or 2 with one message for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    quiet()
+    from distill.errors import UserError
+
+    try:
+        return int(importlib.import_module(VERBS[args.verb]).main(args))
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"distill {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndistill {args.verb}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def quiet() -> None:
+    """Keep libraries' banners, bars and advice out of the output; their errors stay."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

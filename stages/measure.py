@@ -1,0 +1,82 @@
+"""Measure accuracy and decode throughput, teacher and hybrid side by side in one run.
+
+    distill measure demo          (or: distill measure runs/demo --stage H1-5)
+
+CONFIG or RUN. Accuracy through lm-eval (generative and multiple choice); throughput as batch * N / sum of step
+times, both models with preallocated in-place caches. Writes ``measure/measure.json`` and, once, ``teacher/measure.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distill.mixers import set_kernels
+from distill.records import read_json, write_json
+from distill.schedule import Stage
+from distill.teacher import load_model, load_tokenizer
+from eval import accuracy, throughput
+from stages.common import Context, begin, lineage_tokens, need, say, stage_main
+
+
+def main(args: argparse.Namespace) -> int:
+    return stage_main(args, "measure", run_stage)
+
+
+def run_teacher(context: Context) -> bool:
+    """Measure the teacher once a run; returns whether there was anything to do."""
+    return context.steps()[0].perform(lambda folder: measure_teacher(context, folder))
+
+
+def run_stage(context: Context, stage: Stage) -> bool:
+    """Measure the hybrid of one stage; returns whether there was anything to do."""
+    run_teacher(context)
+    need(context.checkpoint(stage), "train")
+    return context.step(stage, "measure").perform(lambda folder: measure(context, stage, folder))
+
+
+def measure_teacher(context: Context, folder: Path) -> None:
+    say("teacher: measuring accuracy and throughput")
+    model = load_model(context.config.teacher, context.config.dtype)
+    record = {"name": "teacher", "replaced": 0, "num_blocks": model.config.num_hidden_layers, "tokens": 0, "minutes": 0.0}
+    write_json(folder / "measure.json", {**record, **figures(context, {"teacher": model})})
+
+
+def measure(context: Context, stage: Stage, folder: Path) -> None:
+    begin(context, stage, 4)
+    say(f"{stage.name}: measuring accuracy and throughput")
+    teacher = load_model(context.config.teacher, context.config.dtype)
+    model = load_model(str(context.checkpoint(stage)), context.config.dtype)
+    set_kernels(model, context.config.kernels)
+    record = {
+        "name": stage.name,
+        "replaced": stage.replaced,
+        "num_blocks": stage.num_blocks,
+        "tokens": lineage_tokens(context, stage),
+        "minutes": read_json(context.folder(stage, "train") / "train.json")["minutes"],
+    }
+    write_json(folder / "measure.json", {**record, **figures(context, {"teacher": teacher, stage.name: model})})
+
+
+def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of the last of ``models``, and throughput of all of them in turns."""
+    options = context.config.measure
+    name, model = list(models.items())[-1]
+    rows = accuracy.evaluate(
+        model,
+        load_tokenizer(context.config.teacher),
+        options.generative,
+        options.multiple_choice,
+        batch_size=options.batch_size,
+        limit=options.limit,
+    )
+    for row in rows:
+        say(f"  {row['task']:18s} {row['metric']} {100 * row['value']:5.1f}% +- {100 * row['stderr']:.1f}")
+    speeds = throughput.measure(models, options.throughput, lambda line: say(f"  {line}"))
+    return {
+        "parameters": model.num_parameters(),
+        "accuracy": rows,
+        "throughput": speeds,
+        "headline": throughput.headline(speeds, "teacher", name, options.throughput),
+    }

@@ -1,0 +1,42 @@
+"""Choose the blocks to convert: the least important ones that still have attention.
+
+    distill place demo
+
+CONFIG or RUN. Writes ``place/placement.json``: the mixer of every block, and the blocks that this stage adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distill.errors import UserError
+from distill.mixers import ATTENTION
+from distill.placement import hybrid_name, replace
+from distill.records import read_json, write_json
+from distill.schedule import Stage
+from stages.common import Context, need, say, stage_main
+
+
+def main(args: argparse.Namespace) -> int:
+    return stage_main(args, "place", run_stage)
+
+
+def run_stage(context: Context, stage: Stage) -> bool:
+    """Place the new mixers of one stage; returns whether there was anything to do."""
+    need(context.folder(stage, "score"), "score")
+    return context.step(stage, "place").perform(lambda folder: place(context, stage, folder))
+
+
+def place(context: Context, stage: Stage, folder: Path) -> None:
+    scores = read_json(context.folder(stage, "score") / "scores.json")
+    before = [ATTENTION] * stage.num_blocks
+    if stage.index:
+        before = read_json(context.folder(context.stages[stage.index - 1], "place") / "placement.json")["mixers"]
+    if stage.added > len(scores["order"]):
+        raise UserError(f"{stage.name} adds {stage.added} blocks, but only {len(scores['order'])} were scored")
+    added = sorted(scores["order"][: stage.added])
+    mixers = replace(before, added, context.config.mixer.name)
+    name = hybrid_name(stage.replaced, stage.num_blocks)
+    write_json(folder / "placement.json", {"name": name, "mixers": mixers, "added": added})
+    say(f"{name}: blocks {added} get {context.config.mixer.name}")

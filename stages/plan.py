@@ -1,0 +1,168 @@
+"""Print what a run would do, without doing it: stages, steps, tokens, parameters, memory, time.
+
+    distill plan configs/apriel_h1_15b.yaml
+    distill plan demo train.steps=500
+
+CONFIG or RUN. Works offline: with ``teacher_config`` in the config, the teacher itself is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from distill.config import RunConfig, load_config
+from distill.hybrid.model import FAMILIES
+from distill.hybrid.surgery import check_convertible, hybrid_config
+from distill.mixers import ATTENTION
+from distill.placement import replace
+from distill.schedule import Stage, build_schedule
+from distill.teacher import load_config as load_model_config
+from stages.common import check, config_path, say
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a teacher: in all, of one attention mixer, and of the mixer that replaces it."""
+
+    total: int
+    attention: int
+    mixer: int
+
+
+def main(args: argparse.Namespace) -> int:
+    folder = Path(args.target)
+    path = folder / "run.yaml" if (folder / "run.yaml").is_file() else config_path(args.target)
+    config = load_config(RunConfig, path, args.overrides)
+    check(config)
+    teacher = teacher_config(config)
+    stages = build_schedule(config, teacher.num_hidden_layers)
+    for line in plan(config, teacher, stages):
+        say(line)
+    return 0
+
+
+def teacher_config(config: RunConfig) -> Any:
+    """The teacher's config: the one written out in ours, or the teacher's own."""
+    if not config.teacher_config:
+        return load_model_config(config.teacher)
+    keys = dict(config.teacher_config)
+    result = AutoConfig.for_model(keys.pop("model_type", "llama"), **keys)
+    check_convertible(result)
+    return result
+
+
+def sizes(config: RunConfig, teacher: Any) -> Sizes:
+    """Count parameters on the meta device: no weight is allocated."""
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    attention = [ATTENTION] * teacher.num_hidden_layers
+    mixers = replace(attention, [0], config.mixer.name)
+    with torch.device("meta"):
+        hybrid = hybrid_config(teacher, mixers, config.mixer)
+        model = FAMILIES[check_convertible(teacher)][1](hybrid)
+    mixer, kept = (count(model.model.layers[block].self_attn) for block in (0, 1))
+    return Sizes(total=count(model) - mixer + kept, attention=kept, mixer=mixer)
+
+
+def memory(config: RunConfig, total: int, teacher_total: int, workers: int) -> dict[str, float]:
+    """Bytes of a training step over all devices.
+
+    Student: fp32 weights, gradients and two AdamW moments (and a bf16 copy under bf16). Teacher: weights alone.
+    Activations (per device, kept for backward): about 34 bytes a token, block and hidden unit at 16 bit, or
+    2 with activation checkpointing (Korthikanti et al., arXiv:2205.05198, section 4, without tensor parallelism).
+    """
+    half = config.dtype == "bfloat16"
+    return {
+        "student and optimizer": total * (18.0 if half else 16.0),
+        "teacher": teacher_total * (2.0 if half else 4.0),
+    }
+
+
+def activations(config: RunConfig, teacher: Any, workers: int) -> float:
+    """Bytes of activations on one device for one micro-batch."""
+    rows = max(config.train.batch_size // config.train.gradient_accumulation // workers, 1)
+    per_unit = (2.0 if config.train.gradient_checkpointing else 34.0) * (1 if config.dtype == "bfloat16" else 2)
+    return rows * config.data.sequence_length * teacher.hidden_size * teacher.num_hidden_layers * per_unit
+
+
+def flops_per_second(config: RunConfig) -> tuple[float, str]:
+    """What one device does: as the config says (plan.device_tflops), or this machine's fp32 GEMM, measured."""
+    if config.plan.device_tflops:
+        return config.plan.device_tflops * 1e12, f"{config.plan.device_tflops:g} TFLOP/s a device (plan.device_tflops)"
+    a = torch.randn(1024, 1024)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    speed = 10 * 2 * 1024**3 / (time.perf_counter() - began)
+    return speed, f"{speed / 1e9:.0f} GFLOP/s, this machine's fp32 matrix product, measured now"
+
+
+def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
+    """The plan as lines of text."""
+    size = sizes(config, teacher)
+    workers = max(config.slurm.nodes * config.slurm.gpus_per_node, 1)
+    speed, source = flops_per_second(config)
+    usable = speed * config.plan.utilisation * workers
+    train = config.train
+    blocks = teacher.num_hidden_layers
+    lines = [
+        f"teacher   {config.teacher}: {blocks} blocks, hidden {teacher.hidden_size}, "
+        f"{teacher.num_attention_heads} query / {teacher.num_key_value_heads} key-value heads of {teacher.head_dim}, "
+        f"{size.total / 1e6:,.1f} M parameters",
+        f"mixer     {config.mixer.name} from {config.mixer.init} ({config.mixer.mil_layout}): a block's attention of "
+        f"{size.attention / 1e6:,.2f} M parameters becomes {size.mixer / 1e6:,.2f} M",
+        f"training  {train.loss}, tau {train.temperature:g}, sequence {config.data.sequence_length:,}, batch "
+        f"{train.batch_size} rows, AdamW at {train.learning_rate:g}, {train.warmup_steps} warm-up steps, linear decay",
+        "",
+        f"{'stage':12s}{'score':8s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
+        f"{'lineage':>10s}{'hours':>9s}",
+    ]
+    lineage = 0
+    total_hours = 0.0
+    for stage in stages:
+        lineage += stage.tokens
+        candidates = blocks - stage.replaced + stage.added
+        student = size.total + stage.replaced * (size.mixer - size.attention)
+        step_flops = 6 * student + 2 * size.total + (2 * student if train.gradient_checkpointing else 0)
+        flops = float(step_flops) * stage.tokens
+        if stage.scorer == "mmr":
+            one = config.score.mmr.steps * train.batch_size * config.data.sequence_length * step_flops
+            flops += candidates * (one + 2 * config.score.mmr.heldout_tokens * 2 * (student + size.total))
+        hours = flops / usable / 3600
+        total_hours += hours
+        lines.append(
+            f"{stage.name:12s}{stage.scorer:8s}{candidates:11d}{stage.added:5d}"
+            f"{stage.replaced * size.attention / 1e6:12,.1f}{stage.steps:9,d}{tokens(stage.tokens):>10s}"
+            f"{tokens(lineage):>10s}{hours:9.3g}"
+        )
+    final = size.total + stages[-1].replaced * (size.mixer - size.attention)
+    parts = memory(config, max(final, size.total), size.total, workers)
+    each = sum(parts.values()) / workers
+    act = activations(config, teacher, workers)
+    lines += [
+        "",
+        f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by MMR included, LOO and "
+        f"measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
+        "memory    "
+        + ", ".join(f"{name} {value / GB:,.3g} GB" for name, value in parts.items())
+        + f"; a device {each / GB:,.3g} GB if sharded over all, plus about {act / GB:,.3g} GB of activations",
+        f"disk      {len(stages) * 2 * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
+    ]
+    return lines
+
+
+def tokens(count: int) -> str:
+    """``0.61M``, ``55.9B``."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit / 2:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

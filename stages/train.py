@@ -1,0 +1,88 @@
+"""Distil the swapped hybrid from the frozen teacher.
+
+    distill train demo            (or: distill train runs/demo --stage 2)
+
+CONFIG or RUN. Reverse KL by default, everything trainable, AdamW with warm-up and linear decay, on packed reasoning
+traces. Continues from its newest checkpoint if it was cut short. Writes ``train/checkpoint``, ``log.jsonl`` and
+``train.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+from distill.mixers import set_kernels
+from distill.records import read_json, write_json
+from distill.schedule import Stage
+from distill.teacher import Teacher, load_model, load_tokenizer
+from distill.trainer import DistillTrainer, append_line, fit, heldout_loss, training_arguments
+from stages.common import HELD_OUT_SEED, Context, begin, need, say, stage_main
+
+
+def main(args: argparse.Namespace) -> int:
+    return stage_main(args, "train", run_stage)
+
+
+def run_stage(context: Context, stage: Stage) -> bool:
+    """Distil one stage; returns whether there was anything to do."""
+    need(context.folder(stage, "swap"), "swap")
+    return context.step(stage, "train").perform(lambda folder: train(context, stage, folder), resumable=True)
+
+
+def train(context: Context, stage: Stage, folder: Path) -> None:
+    config = context.config
+    options = config.train
+    seed = begin(context, stage, 3)
+    tokenizer = load_tokenizer(config.teacher)
+    teacher = Teacher(load_model(config.teacher, config.dtype))
+    student = load_model(str(context.folder(stage, "swap") / "checkpoint"))
+    set_kernels(student, config.kernels)
+    rows = context.rows(tokenizer, stage.steps * options.batch_size, seed)
+    heldout = context.rows(tokenizer, options.eval_rows, HELD_OUT_SEED, held_out=True)
+    log = folder / "log.jsonl"
+
+    def held_out_loss() -> float:
+        return heldout_loss(student, teacher, heldout, options.batch_size, options.loss, options.temperature)
+
+    start_file = folder / "start.json"
+    if not start_file.is_file():
+        write_json(start_file, held_out_loss())
+    start = read_json(start_file)
+    say(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
+    began = time.monotonic()
+    arguments = training_arguments(options, stage.steps, folder / "checkpoints", seed, config.dtype)
+    fit(
+        DistillTrainer,
+        student.train(),
+        rows,
+        arguments,
+        title=stage.name,
+        log=log,
+        teacher=teacher,
+        loss=options.loss,
+        temperature=options.temperature,
+    )
+    minutes = (time.monotonic() - began) / 60
+    end = held_out_loss()
+    for step, loss in ((0, start), (stage.steps, end)):
+        append_line(log, {"step": step, "eval_loss": loss})
+    student.config.use_cache = True
+    student.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    start_file.unlink()
+    write_json(
+        folder / "train.json",
+        {
+            "steps": stage.steps,
+            "tokens": stage.tokens,
+            "minutes": round(minutes, 3),
+            "loss": options.loss,
+            "eval_loss_start": start,
+            "eval_loss_end": end,
+        },
+    )
+    say(f"{stage.name}: held-out {options.loss} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
