@@ -25,7 +25,9 @@ class DataConfig:
     """``embedded``, or the path of a JSONL file with messages, prompt/completion or text."""
     sequence_length: int = 256
     """Tokens a packed row, T."""
-    mix: dict[str, float] = field(default_factory=lambda: {"add": 1.0, "mod": 1.0, "chase": 2.0, "recall": 2.0, "sort": 1.0})
+    mix: dict[str, float] = field(
+        default_factory=lambda: {"add": 1.0, "mod": 1.0, "chase": 2.0, "recall": 2.0, "sort": 1.0}
+    )
     """Weight of each embedded family."""
     mask: str = "completion"
     """``completion`` (the reasoning trace) or ``all``: which tokens are targets."""
@@ -250,7 +252,9 @@ def _check_keys(kind: Any, layer: Any, where: str, prefix: str = "") -> None:
     default = kind()
     for key, value in (layer or {}).items():
         if key not in known:
-            raise UserError(f"{where}: unknown key '{prefix}{key}'{nearest(str(key), known)}; allowed: {', '.join(known)}")
+            raise UserError(
+                f"{where}: unknown key '{prefix}{key}'{nearest(str(key), known)}; allowed: {', '.join(known)}"
+            )
         nested = getattr(default, key)
         if is_dataclass(nested) and isinstance(value, dict):
             _check_keys(type(nested), value, where, f"{prefix}{key}.")

@@ -153,9 +153,7 @@ def fit(
     Raises UserError when the loss is not finite (the checkpoints before it stay).
     """
     length = rows[0]["input_ids"].shape[-1]
-    rows_per_step = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    )
+    rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     progress = ProgressCallback(title, arguments.max_steps, rows_per_step * length, log)
     trainer = trainer_class(
         model=cast(Any, model),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from distill.errors import UserError, nearest
 from eval.backends import hf
@@ -39,6 +43,17 @@ def task_manager(names: Sequence[str]) -> Any:
     return everything
 
 
+@contextmanager
+def bars_on_a_terminal_only() -> Iterator[None]:
+    """Within the context, progress bars are silent unless someone is there to see them."""
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=not sys.stderr.isatty())  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original  # type: ignore[method-assign]
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -60,19 +75,20 @@ def evaluate(
     for kind, tasks in (("generative", generative), ("multiple_choice", multiple_choice)):
         if not tasks:
             continue
-        results = simple_evaluate(
-            model=hf.lm(model, tokenizer, batch_size),
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit or None,
-            bootstrap_iters=0,
-            log_samples=False,
-            apply_chat_template=tokenizer.chat_template is not None,
-            verbosity="ERROR",
-        )
+        with bars_on_a_terminal_only():
+            results = simple_evaluate(
+                model=hf.lm(model, tokenizer, batch_size),
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit or None,
+                bootstrap_iters=0,
+                log_samples=False,
+                apply_chat_template=tokenizer.chat_template is not None,
+                verbosity="ERROR",
+            )
         assert results is not None
         for task, figures in results["results"].items():
-            name, metric, value = _main_metric(figures)
+            metric, value = _main_metric(figures)
             if metric is None:  # a group's header without a metric of its own
                 continue
             count = results["n-samples"][task]["effective"]
@@ -89,16 +105,10 @@ def evaluate(
     return rows
 
 
-def _main_metric(figures: dict[str, Any]) -> tuple[str, str | None, float]:
+def _main_metric(figures: dict[str, Any]) -> tuple[str | None, float]:
     """The task's own metric: lm-eval's keys are ``metric,filter``."""
     for wanted in ("exact_match", "acc_norm", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc"):
         for key, value in figures.items():
             if key.split(",")[0] == wanted and isinstance(value, (int, float)):
-                return key, wanted, float(value)
-    return "", None, 0.0
-
-
-def mean_of(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
-    """Mean value over the tasks of a kind; None where there is none."""
-    values = [row["value"] for row in rows if row["kind"] == kind]
-    return sum(values) / len(values) if values else None
+                return wanted, float(value)
+    return None, 0.0

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from distill.errors import UserError
-from eval.accuracy import task_manager
+from eval.accuracy import bars_on_a_terminal_only, task_manager
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,13 @@ def prepare(task: str, tokenizer: Any, model: Any, questions: int = 0, batch_siz
     for each in _flatten(get_task_dict([task], manager)):
         if each.OUTPUT_TYPE != "multiple_choice":
             raise UserError(f"task '{task}' is {each.OUTPUT_TYPE}; importance scores need a multiple-choice task")
-        each.build_all_requests(
-            limit=None,
-            apply_chat_template=chat,
-            chat_template=lm.apply_chat_template if chat else None,
-            tokenizer_name=lm.tokenizer_name if chat else "",
-        )
+        with bars_on_a_terminal_only():
+            each.build_all_requests(
+                limit=None,
+                apply_chat_template=chat,
+                chat_template=lm.apply_chat_template if chat else None,
+                tokenizer_name=lm.tokenizer_name if chat else "",
+            )
         first = len(gold)
         docs = {instance.doc_id: instance.doc for instance in each.instances}
         place = {doc_id: first + i for i, doc_id in enumerate(sorted(docs))}

@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         if verb in ("score", "place", "swap", "train", "measure"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
         if verb in ("run", "score", "place", "swap", "train", "measure"):
-            sub.add_argument("--force", action="store_true", help="redo what was made with other inputs, and what follows")
+            sub.add_argument(
+                "--force", action="store_true", help="redo what was made with other inputs, and what follows"
+            )
         if verb == "submit":
             sub.add_argument("--dry-run", action="store_true", help="print the SLURM scripts")
     return parser

@@ -16,16 +16,20 @@ import torch
 from transformers import set_seed
 
 from distill.config import RunConfig, dump_config, load_config
-from distill.data.traces import load_rows
+from distill.data.traces import check_source, load_rows
 from distill.errors import UserError, choose, nearest
+from distill.hybrid.surgery import hybrid_config
 from distill.importance import available as scores
+from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import LOSSES
 from distill.mixers import available as mixers
-from distill.placement import parse_name
+from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, fingerprint, read_json, write_text
 from distill.schedule import Stage, build_schedule
-from distill.teacher import DTYPES, load_config as load_model_config, resolve
+from distill.teacher import DTYPES, resolve
+from distill.teacher import load_config as load_model_config
+from eval.accuracy import task_manager
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
 
@@ -145,6 +149,11 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     threads = set_threads(config.threads)
     model = load_model_config(config.teacher)
     stages = build_schedule(config, model.num_hidden_layers)
+    first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
+    hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
+    if write:
+        check_source(config.data.source, config.data.mix)
+        task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
     context = Context(config, Path(config.run_dir).expanduser(), stages, threads, identity(config.teacher, model))
     if write:
         stale = False
@@ -175,6 +184,7 @@ def check(config: RunConfig) -> None:
     choose("data.mask", config.data.mask, ("completion", "all"))
     for name in (config.score.first, config.score.later):
         choose("score", name, scores())
+    choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
     train, throughput = config.train, config.measure.throughput
     positive = {
         "data.sequence_length": config.data.sequence_length,
@@ -183,11 +193,13 @@ def check(config: RunConfig) -> None:
         "train.temperature": train.temperature,
         "train.learning_rate": train.learning_rate,
         "train.eval_rows": train.eval_rows,
+        "score.mmr.steps": config.score.mmr.steps,
+        "score.mmr.heldout_tokens": config.score.mmr.heldout_tokens,
         "measure.batch_size": config.measure.batch_size,
         "measure.throughput.repeats": throughput.repeats,
         **{f"train.steps_by_stage[{i}]": steps for i, steps in enumerate([*train.steps_by_stage, train.steps])},
-        **{"measure.throughput.batches": b for b in throughput.batches},
-        **{"measure.throughput.contexts": c for c in throughput.contexts},
+        **{f"measure.throughput.batches[{i}]": b for i, b in enumerate(throughput.batches)},
+        **{f"measure.throughput.contexts[{i}]": c for i, c in enumerate(throughput.contexts)},
     }
     for key, value in positive.items():
         if value <= 0:
@@ -234,9 +246,7 @@ def need(path: Path, verb: str) -> Path:
     return path
 
 
-def stage_main(
-    args: argparse.Namespace, step: str, perform: Callable[[Context, Stage], bool]
-) -> int:
+def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, Stage], bool]) -> int:
     """The main of a verb that does one step of one stage."""
     context = open_run(args.target, args.overrides, force=args.force)
     stage = find_stage(context, args.stage, step)

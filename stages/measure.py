@@ -3,7 +3,7 @@
     distill measure demo          (or: distill measure runs/demo --stage H1-5)
 
 CONFIG or RUN. Accuracy through lm-eval (generative and multiple choice); throughput as batch * N / sum of step
-times, both models with preallocated in-place caches. Writes ``measure/measure.json`` and, once, ``teacher/measure.json``.
+times, both models with preallocated in-place caches. Writes ``measure/measure.json``, and the teacher's once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ def run_stage(context: Context, stage: Stage) -> bool:
 def measure_teacher(context: Context, folder: Path) -> None:
     say("teacher: measuring accuracy and throughput")
     model = load_model(context.config.teacher, context.config.dtype)
-    record = {"name": "teacher", "replaced": 0, "num_blocks": model.config.num_hidden_layers, "tokens": 0, "minutes": 0.0}
+    record = {
+        "name": "teacher",
+        "replaced": 0,
+        "num_blocks": model.config.num_hidden_layers,
+        "tokens": 0,
+        "minutes": 0.0,
+    }
     write_json(folder / "measure.json", {**record, **figures(context, {"teacher": model})})
 
 

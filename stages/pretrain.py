@@ -3,8 +3,8 @@
     distill pretrain teacher output=runs/teacher
 
 CONFIG is a YAML file, or the short name of one we ship (``teacher``). Writes a Hugging Face folder (bf16
-safetensors, tokenizer) with the recipe and the training log beside it. Interrupted, the same command continues
-from the newest checkpoint.
+safetensors, tokenizer) with the recipe, the training log and the held-out scores beside it. Interrupted, the
+same command continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from distill.config import PretrainConfig, dump_config, load_config
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.data.traces import load_rows
+from distill.records import write_json, write_text
 from distill.trainer import LanguageTrainer, fit, training_arguments
-from stages.common import config_path, set_threads
+from eval import accuracy
+from stages.common import config_path, say, set_threads
 
 
 def main(args: argparse.Namespace) -> int:
@@ -36,7 +38,7 @@ def pretrain(config: PretrainConfig) -> Path:
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
-    print(f"teacher: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} blocks")
+    say(f"teacher: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} blocks")
     train = config.train
     rows = load_rows(
         config.data.source,
@@ -51,6 +53,12 @@ def pretrain(config: PretrainConfig) -> Path:
     fit(LanguageTrainer, model, rows, arguments, title="pretrain", log=output / "log.jsonl")
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    (output / "recipe.yaml").write_text(dump_config(config))
-    print(f"wrote {output}")
+    write_text(output / "recipe.yaml", dump_config(config))
+    scores = accuracy.evaluate(
+        model.float().eval(), tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100
+    )
+    write_json(output / "scores.json", scores)
+    for row in scores:
+        say(f"  {row['task']:18s} {row['metric']} {100 * row['value']:5.1f}% +- {100 * row['stderr']:.1f}")
+    say(f"wrote {output}")
     return output

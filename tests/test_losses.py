@@ -95,7 +95,9 @@ def test_micro_batches_add_up_to_the_global_batch() -> None:
     whole = distillation_loss("reverse_kl", hidden, head, other, teacher, labels)
     count = float((labels[:, 1:] != IGNORE).sum())
     parts = [
-        distillation_loss("reverse_kl", hidden[i : i + 1], head, other[i : i + 1], teacher, labels[i : i + 1], count=count)
+        distillation_loss(
+            "reverse_kl", hidden[i : i + 1], head, other[i : i + 1], teacher, labels[i : i + 1], count=count
+        )
         for i in range(B)
     ]
     assert parts[2].item() == 0.0

@@ -18,6 +18,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
@@ -79,7 +80,7 @@ def chase(rng: random.Random) -> Example:
     extra = rng.randint(0, 5)
     nodes = rng.sample(LETTERS, hops + 1 + 2 * extra)
     path, others = nodes[: hops + 1], nodes[hops + 1 :]
-    steps = [a + b for a, b in zip(path, path[1:], strict=False)]
+    steps = [a + b for a, b in pairwise(path)]
     edges = steps + [others[2 * i] + others[2 * i + 1] for i in range(extra)]
     rng.shuffle(edges)
     return Example("chase", f"chase {' '.join(edges)} from {path[0]}{hops}", " ".join(steps), path[-1], hops)

@@ -49,9 +49,7 @@ def encode_texts(
     """Tokenise texts whose prompts are prefixes; the first completion token is where the prompt's ids end."""
     ids = tokenizer(list(wholes), add_special_tokens=False)["input_ids"]
     heads = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    return [
-        Document(row, len(head) if mask == "completion" else 1) for row, head in zip(ids, heads, strict=True)
-    ]
+    return [Document(row, len(head) if mask == "completion" else 1) for row, head in zip(ids, heads, strict=True)]
 
 
 def pack(documents: Iterable[Document], length: int, pad: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from distill.data.pack import Document, encode, encode_texts, pack
 from distill.errors import UserError, choose, nearest
 
 Row = dict[str, torch.Tensor]
+EMBEDDED = "embedded"
 SHARD = 64  # rows generated together
 
 
@@ -42,10 +43,6 @@ class EmbeddedTraces(Dataset[Row]):
         mask: str = "completion",
         held_out: bool = False,
     ) -> None:
-        for family in mix:
-            choose("family in data.mix", family, FAMILIES)
-        if not mix or sum(mix.values()) <= 0 or min(mix.values()) < 0:
-            raise UserError(f"data.mix needs positive weights, got {dict(mix)}")
         self.tokenizer, self.rows, self.length, self.seed = tokenizer, rows, length, seed
         self.mix, self.mask, self.held_out = dict(mix), mask, held_out
         self._shard: tuple[int, list[Row]] = (-1, [])
@@ -154,9 +151,19 @@ def load_rows(
     held_out: bool = False,
 ) -> Dataset[Row]:
     """The dataset that ``data.source`` names: ``embedded``, or a path to a JSONL file."""
-    if source == "embedded":
+    check_source(source, mix)
+    if source == EMBEDDED:
         return EmbeddedTraces(tokenizer, rows, length, mix, seed, mask=mask, held_out=held_out)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.source: no such file: {source} (give 'embedded' or a JSONL file)")
-    return FileTraces(tokenizer, path, rows, length, seed, mask=mask, held_out=held_out)
+    return FileTraces(tokenizer, Path(source).expanduser(), rows, length, seed, mask=mask, held_out=held_out)
+
+
+def check_source(source: str, mix: Mapping[str, float]) -> None:
+    """Raise UserError where a source does not exist, or the mix of the embedded families makes no sense."""
+    if source != EMBEDDED:
+        if not Path(source).expanduser().is_file():
+            raise UserError(f"data.source: no such file: {source} (give '{EMBEDDED}' or a JSONL file)")
+        return
+    for family in mix:
+        choose("family in data.mix", family, FAMILIES)
+    if not mix or sum(mix.values()) <= 0 or min(mix.values()) < 0:
+        raise UserError(f"data.mix needs positive weights, got {dict(mix)}")

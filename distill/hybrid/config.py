@@ -47,7 +47,7 @@ class HybridConfigMixin:
             mixer_class(name).check(self)
 
 
-class HybridLlamaConfig(HybridConfigMixin, LlamaConfig):  # type: ignore[misc]
+class HybridLlamaConfig(HybridConfigMixin, LlamaConfig):
     """Llama with replaced mixers."""
 
     model_type = "hybrid_llama"
@@ -59,7 +59,7 @@ class HybridLlamaConfig(HybridConfigMixin, LlamaConfig):  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
 
-class HybridMistralConfig(HybridConfigMixin, MistralConfig):  # type: ignore[misc]
+class HybridMistralConfig(HybridConfigMixin, MistralConfig):
     """Mistral (without a sliding window) with replaced mixers."""
 
     model_type = "hybrid_mistral"

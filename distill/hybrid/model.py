@@ -100,7 +100,7 @@ class HybridMixin:
         return CausalLMOutputWithPast(loss=objective(hidden, self.lm_head))
 
 
-class HybridLlamaForCausalLM(HybridMixin, LlamaForCausalLM):  # type: ignore[misc]
+class HybridLlamaForCausalLM(HybridMixin, LlamaForCausalLM):
     """Llama whose blocks have the mixers that ``config.mixers`` names."""
 
     config_class = HybridLlamaConfig
@@ -111,7 +111,7 @@ class HybridLlamaForCausalLM(HybridMixin, LlamaForCausalLM):  # type: ignore[mis
         self.post_init()
 
 
-class HybridMistralForCausalLM(HybridMixin, MistralForCausalLM):  # type: ignore[misc]
+class HybridMistralForCausalLM(HybridMixin, MistralForCausalLM):
     """Mistral whose blocks have the mixers that ``config.mixers`` names."""
 
     config_class = HybridMistralConfig

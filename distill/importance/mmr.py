@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from distill.errors import UserError, choose
 from distill.hybrid.surgery import hybridize
 from distill.importance import Setup
 from distill.mixers import ATTENTION, set_kernels
@@ -32,9 +31,6 @@ def order(rows: Sequence[Mapping[str, float]]) -> list[int]:
 def score(setup: Setup) -> dict[str, Any]:
     """Score every candidate by its held-out distillation loss after ``mmr.steps`` steps."""
     options = setup.config.mmr
-    choose("score.mmr.trainable", options.trainable, TRAINABLE)
-    if options.steps < 1:
-        raise UserError(f"score.mmr.steps={options.steps} must be at least 1")
     rows: list[dict[str, float]] = []
     for number, block in enumerate(setup.blocks, 1):
         model = candidate(setup, block)

@@ -35,4 +35,4 @@ def set_kernels(model: nn.Module, kernels: str) -> None:
     """Choose the implementation (``auto``, ``reference``, ``cpu``) for every mixer of a model."""
     for module in model.modules():
         if hasattr(module, "mil_slots"):
-            module.kernels = kernels
+            setattr(module, "kernels", kernels)  # noqa: B010

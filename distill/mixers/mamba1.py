@@ -134,6 +134,7 @@ class Mixer(nn.Module):
         dt = F.softplus(self.dt_proj(dt))
         a = -torch.exp(self.A_log.float())
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        assert bias is not None
         conv_state = scan_state = None
         if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
             layer = past_key_values.layers[self.layer_idx]

@@ -26,20 +26,22 @@ def scan(
     Returns y ``[B, T, D]`` in x's dtype and the detached final state ``[B, D, N]``.
     """
     dtype = compute_dtype(x, dt, A, B, C, D)
-    batch, steps, channels = x.shape
+    batch, _, channels = x.shape
     out_dtype = x.dtype
     x, dt, A, B, C, D = (tensor.to(dtype) for tensor in (x, dt, A, B, C, D))
-    width = channels // B.shape[2]
-    state = x.new_zeros(batch, channels, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    groups, states = B.shape[2:]
+    spread = (batch, groups, channels // groups, states)
+    state = x.new_zeros(batch, channels, states) if initial_state is None else initial_state.to(dtype)
     outputs = []
-    for t in range(steps):
+    # unbind and not x[:, t]: the backward of T slices fills T tensors of the full length.
+    for t, (x_t, dt_t, B_t, C_t) in enumerate(zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True)):
         if reset is not None:
             # A select and not a product: an infinite state must not survive as 0 * inf = NaN.
             state = torch.where(reset[:, t, None, None], torch.zeros_like(state), state)
-        B_t, C_t = (group[:, t].repeat_interleave(width, dim=1) for group in (B, C))  # [B, D, N]
-        dt_t, x_t = dt[:, t, :, None], x[:, t, :, None]
-        state = torch.exp(dt_t * A) * state + dt_t * x_t * B_t
-        outputs.append((state * C_t).sum(-1) + D * x[:, t])
+        # expand and not repeat_interleave, which wakes all threads however small the tensor; to [B, D, N].
+        B_t, C_t = (group[:, :, None].expand(spread).flatten(1, 2) for group in (B_t, C_t))
+        state = torch.exp(dt_t[..., None] * A) * state + (dt_t * x_t)[..., None] * B_t
+        outputs.append((state * C_t).sum(-1) + D * x_t)
     return torch.stack(outputs, dim=1).to(out_dtype), state.detach()
 
 

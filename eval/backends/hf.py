@@ -22,6 +22,10 @@ class InPlaceLayer(DynamicLayer):
     what is filled. (StaticLayer attends over its whole capacity, DynamicLayer copies everything each step: either
     would make the teacher slower than it is served.)"""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_initialized: bool
+
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity, self.filled = capacity, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny operators: on a busy machine each would wait for a second thread to be scheduled."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(batch: int, steps: int, taps: int, *, resets: bool, state: bool, channels: int = 5) -> dict[str, Any]:

@@ -20,8 +20,10 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 
 @pytest.fixture(autouse=True)
-def _keep_thread_count() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny operators: on a busy machine each would wait for a second thread to be scheduled."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

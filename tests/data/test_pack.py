@@ -1,0 +1,152 @@
+"""Packing: every document once and whole, labels and positions right; encoding and its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.data.pack import IGNORE, OPEN_ROWS, Document, collate, encode, encode_texts, pack
+from distill.data.tokenizer import build_tokenizer
+from distill.errors import UserError
+
+PAD = 0
+CHAT = [{"role": "user", "content": "sort 21"}, {"role": "assistant", "content": "<think>2 12</think>12"}]
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> tuple[list[Document], int]:
+    """Documents of distinct tokens (so that each can be recognised) and a row length."""
+    length = draw(st.integers(4, 24))
+    sizes = draw(st.lists(st.integers(1, length), max_size=80))
+    documents, first = [], 1
+    for size in sizes:
+        documents.append(Document(list(range(first, first + size)), draw(st.integers(0, size + 2))))
+        first += size
+    return documents, length
+
+
+def unpack(row: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of each document of a row, cut where the positions restart; padding last."""
+    starts = [*torch.nonzero(row["position_ids"] == 0)[:, 0].tolist(), len(row["position_ids"])]
+    return [(row["input_ids"][a:b].tolist(), row["labels"][a:b].tolist()) for a, b in pairwise(starts)]
+
+
+@given(corpora())
+def test_every_document_once_and_whole(corpus: tuple[list[Document], int]) -> None:
+    documents, length = corpus
+    wanted = {tuple(document.ids): document for document in documents}
+    seen: list[tuple[int, ...]] = []
+    for row in pack(documents, length, PAD):
+        assert all(value.shape == (length,) and value.dtype == torch.int64 for value in row.values())
+        assert row.keys() == {"input_ids", "labels", "position_ids"}
+        for place, (ids, labels) in enumerate(unpack(row)):
+            if ids[0] == PAD:
+                assert set(ids) == {PAD} and set(labels) == {IGNORE}
+                assert place == len(unpack(row)) - 1, "padding comes last"
+                continue
+            document = wanted[tuple(ids)]
+            seen.append(tuple(ids))
+            first = max(document.completion, 1)
+            assert labels[0] == IGNORE
+            assert labels == [IGNORE if i < first else token for i, token in enumerate(ids)]
+    assert sorted(seen) == sorted(wanted)
+
+
+@given(corpora())
+def test_positions_count_up_from_each_start(corpus: tuple[list[Document], int]) -> None:
+    documents, length = corpus
+    for row in pack(documents, length, PAD):
+        positions = row["position_ids"].tolist()
+        assert positions[0] == 0
+        assert all(b in (0, a + 1) for a, b in pairwise(positions))
+        starts = [int(row["input_ids"][i]) for i, p in enumerate(positions) if p == 0]
+        assert set(starts) <= {PAD, *(document.ids[0] for document in documents)}
+
+
+@given(corpora())
+def test_no_row_could_have_been_spared(corpus: tuple[list[Document], int]) -> None:
+    """First fit: while all rows are open, no two of them would fit into one."""
+    documents, length = corpus
+    rows = list(pack(documents, length, PAD))
+    if len(rows) <= OPEN_ROWS:
+        used = [int((row["input_ids"] != PAD).sum()) for row in rows]
+        assert all(a + b > length for i, a in enumerate(used) for b in used[i + 1 :])
+
+
+def test_a_row_is_closed_when_too_many_are_open() -> None:
+    """Nothing is held back for longer than OPEN_ROWS rows, so an endless source can be packed."""
+
+    def endless() -> Iterator[Document]:
+        while True:
+            yield Document([7] * 3, 1)
+
+    rows = pack(endless(), 4, PAD)
+    assert all(next(rows)["input_ids"].tolist() == [7, 7, 7, PAD] for _ in range(3 * OPEN_ROWS))
+
+
+def test_the_order_of_first_fit() -> None:
+    documents = [Document([1] * 3, 1), Document([2] * 4, 1), Document([3], 1), Document([4], 1)]
+    assert [row["input_ids"].tolist() for row in pack(documents, 5, PAD)] == [[1, 1, 1, 3, 4], [2, 2, 2, 2, PAD]]
+
+
+def test_a_document_too_long_is_cut() -> None:
+    (row,) = pack([Document(list(range(1, 10)), 3)], 5, PAD)
+    assert row["input_ids"].tolist() == [1, 2, 3, 4, 5]
+    assert row["labels"].tolist() == [IGNORE, IGNORE, IGNORE, 4, 5]
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_completion_beyond_the_cut_is_no_target() -> None:
+    (row,) = pack([Document(list(range(1, 10)), 7)], 5, PAD)
+    assert row["labels"].tolist() == [IGNORE] * 5
+
+
+def test_nothing_gives_nothing() -> None:
+    assert list(pack([], 8, PAD)) == []
+
+
+def test_collate() -> None:
+    rows = list(pack([Document([i] * 4, 1) for i in range(1, 4)], 4, PAD))
+    batch = collate(rows)
+    assert {name: tuple(value.shape) for name, value in batch.items()} == dict.fromkeys(rows[0], (3, 4))
+    assert batch["input_ids"][:, 0].tolist() == [1, 2, 3]
+
+
+def test_encode_learns_the_completion_or_everything() -> None:
+    tokenizer = build_tokenizer()
+    (document,) = encode(tokenizer, [CHAT], "completion")
+    assert tokenizer.decode(document.ids[: document.completion]) == "<|user|>sort 21<|assistant|>"
+    assert tokenizer.decode(document.ids[document.completion :]) == "<think>2 12</think>12<|end|>"
+    (everything,) = encode(tokenizer, [CHAT], "all")
+    assert (everything.ids, everything.completion) == (document.ids, 1)
+
+
+def test_encode_learns_only_the_last_turn() -> None:
+    tokenizer = build_tokenizer()
+    (document,) = encode(tokenizer, [[*CHAT, {"role": "user", "content": "sort 3"}, CHAT[1]]], "completion")
+    assert tokenizer.decode(document.ids[: document.completion]).endswith("12<|end|><|user|>sort 3<|assistant|>")
+
+
+@pytest.mark.parametrize("chat", [[], CHAT[:1], [CHAT[1], CHAT[0]]])
+def test_a_chat_without_a_last_word_is_refused(chat: list[dict[str, str]]) -> None:
+    with pytest.raises(UserError, match="must end with an assistant turn"):
+        encode(build_tokenizer(), [CHAT, chat], "completion")
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="does not render a prompt as a prefix"):
+        encode(tokenizer, [CHAT], "completion")
+
+
+def test_encode_texts() -> None:
+    tokenizer = build_tokenizer()
+    first, second = encode_texts(tokenizer, ["sort 21", ""], ["sort 2112", "add"], "completion")
+    assert (tokenizer.decode(first.ids), first.completion) == ("sort 2112", 4)
+    assert (tokenizer.decode(second.ids), second.completion) == ("add", 0)

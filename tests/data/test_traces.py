@@ -1,0 +1,219 @@
+"""Datasets: embedded rows by (seed, index) alone, JSONL files in three forms, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.data.families import FAMILIES, is_held_out
+from distill.data.pack import IGNORE
+from distill.data.tokenizer import build_tokenizer
+from distill.data.traces import SHARD, EmbeddedTraces, FileTraces, load_rows, read_documents
+from distill.errors import UserError
+
+TOKENIZER = build_tokenizer()
+MIX = dict.fromkeys(FAMILIES, 1.0)
+Row = dict[str, torch.Tensor]
+
+
+def embedded(rows: int = 3 * SHARD, seed: int = 0, length: int = 64, **options: Any) -> EmbeddedTraces:
+    return EmbeddedTraces(TOKENIZER, rows, length, options.pop("mix", MIX), seed, **options)
+
+
+def equal(a: Row, b: Row) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    path = folder / "traces.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def texts(path: Path, mask: str = "completion") -> list[tuple[str, str]]:
+    """(prompt, completion) of every document, as text."""
+    return [
+        (TOKENIZER.decode(d.ids[: d.completion]), TOKENIZER.decode(d.ids[d.completion :]))
+        for d in read_documents(path, TOKENIZER, mask)
+    ]
+
+
+def test_any_order_of_access_gives_the_same_rows() -> None:
+    rows = embedded()
+    straight = [rows[i] for i in range(len(rows))]
+    order = random.Random(0).sample(range(len(rows)), 30)
+    other = embedded()
+    assert all(equal(other[i], straight[i]) for i in order)
+    assert equal(embedded()[2 * SHARD], straight[2 * SHARD]), "a first access in the middle"
+
+
+def test_a_row_does_not_depend_on_how_many_there_are() -> None:
+    assert equal(embedded(rows=5)[4], embedded(rows=5000)[4])
+
+
+def test_every_row_and_every_seed_is_another() -> None:
+    rows = embedded()
+    seen = {tuple(rows[i]["input_ids"].tolist()) for i in range(len(rows))}
+    assert len(seen) == len(rows) == 3 * SHARD
+    for other in (embedded(seed=1), embedded(held_out=True)):
+        assert not any(tuple(other[i]["input_ids"].tolist()) in seen for i in range(SHARD))
+
+
+def test_rows_are_full_and_of_one_length() -> None:
+    rows = embedded(length=128)
+    for i in range(SHARD):
+        assert {value.shape for value in rows[i].values()} == {(128,)}
+        assert (rows[i]["labels"] != IGNORE).any()
+    padding = sum(int((rows[i]["input_ids"] == TOKENIZER.pad_token_id).sum()) for i in range(SHARD))
+    assert padding / (128 * SHARD) < 0.1
+
+
+def test_the_mask() -> None:
+    """``all`` has the same tokens, and every one but a document's first is a target."""
+    completion, everything = embedded(), embedded(mask="all")
+    for i in range(20):
+        a, b = completion[i], everything[i]
+        assert torch.equal(a["input_ids"], b["input_ids"])
+        text = (b["position_ids"] != 0) & (b["input_ids"] != TOKENIZER.pad_token_id)
+        assert torch.equal(b["labels"] != IGNORE, text)
+        kept = a["labels"] != IGNORE
+        assert torch.equal(a["labels"][kept], a["input_ids"][kept])
+        assert kept.sum() < text.sum()
+
+
+def test_held_out_rows_come_from_the_other_side() -> None:
+    for side in (True, False):
+        rows = load_rows("embedded", TOKENIZER, 20, 256, MIX, 3, held_out=side)
+        text = "".join(TOKENIZER.decode(rows[i]["input_ids"]) for i in range(20))
+        prompts = re.findall(r"<\|user\|>(.*?)<\|assistant\|>", text)
+        assert len(prompts) > 100
+        assert all(is_held_out(prompt) is side for prompt in prompts)
+
+
+def test_the_mix_is_kept() -> None:
+    rows = embedded(rows=SHARD, length=256, mix={"add": 3.0, "sort": 1.0, "mod": 0.0})
+    text = "".join(TOKENIZER.decode(rows[i]["input_ids"]) for i in range(SHARD))
+    counts = {family: text.count(f"<|user|>{family} ") for family in FAMILIES}
+    assert counts["mod"] == counts["chase"] == counts["recall"] == 0
+    assert 2.3 < counts["add"] / counts["sort"] < 3.9
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({"ad": 1.0}, r"unknown family in data\.mix 'ad' \(did you mean 'add'\?\)"),
+        ({}, "positive weights"),
+        ({"add": 0.0}, "positive weights"),
+        ({"add": 2.0, "mod": -1.0}, "positive weights"),
+    ],
+)
+def test_a_bad_mix_is_refused(mix: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        embedded(mix=mix)
+
+
+def test_three_forms_of_jsonl(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"messages": [{"role": "user", "content": "add 1+1"}, {"role": "assistant", "content": "2"}], "id": 1},
+        "",
+        {"prompt": "sort 21", "completion": " 12"},
+        {"text": "chase"},
+    )
+    assert texts(path) == [
+        ("<|user|>add 1+1<|assistant|>", "2<|end|>"),
+        ("sort 21", " 12<|end|>"),
+        ("", "chase<|end|>"),
+    ]
+    assert [d.completion for d in read_documents(path, TOKENIZER, "all")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": ', "not JSON"),
+        ("plain words", "not JSON"),
+        ({"mesages": []}, r"has \['mesages'\] \(did you mean 'messages'\?\)"),
+        ({"prompt": "a"}, "needs messages, prompt and completion, or text"),
+        ({"completion": "a"}, "needs messages, prompt and completion, or text"),
+        ({"messages": "a"}, "needs messages, prompt and completion, or text"),
+        ({}, "needs messages, prompt and completion, or text"),
+        ([1], "has list"),
+        (5, "has int"),
+    ],
+)
+def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
+    path = write(tmp_path, {"text": "add"}, "", row, {"text": "add"})
+    with pytest.raises(UserError, match=rf"traces\.jsonl:3: .*{message}"):
+        read_documents(path, TOKENIZER, "completion")
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    bare = build_tokenizer()
+    bare.chat_template = None
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(UserError, match="no chat template"):
+        read_documents(write(tmp_path, chat), bare, "completion")
+    assert len(read_documents(write(tmp_path, {"text": "add"}), bare, "completion")) == 1
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "."])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.source: no such file: .*give 'embedded' or a JSONL file"):
+        load_rows(str(tmp_path / name), TOKENIZER, 4, 64, MIX, 0)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_small_a_file_is_refused(tmp_path: Path, count: int) -> None:
+    path = write(tmp_path, *[{"text": "add"}] * count)
+    with pytest.raises(UserError, match=rf"at least 2 documents .* found {count}"):
+        load_rows(str(path), TOKENIZER, 4, 64, MIX, 0)
+
+
+def test_a_file_with_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, *[{"prompt": "1" * 30, "completion": "2"}] * 4)
+    with pytest.raises(UserError, match=r"no completion tokens within data\.sequence_length=16"):
+        load_rows(str(path), TOKENIZER, 4, 16, MIX, 0)
+    assert len(load_rows(str(path), TOKENIZER, 4, 32, MIX, 0)) == 4  # type: ignore[arg-type]
+
+
+def numbered(folder: Path, count: int) -> Path:
+    return write(folder, *[{"prompt": f"add {i:04d}", "completion": "7"} for i in range(count)])
+
+
+def prompts_of(rows: FileTraces) -> list[str]:
+    return [n for i in range(len(rows)) for n in re.findall(r"add (\d{4})", TOKENIZER.decode(rows[i]["input_ids"]))]
+
+
+def test_a_file_is_split_by_its_order(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 160)
+    train, held = (load_rows(str(path), TOKENIZER, 1000, 20, MIX, 0, held_out=side) for side in (False, True))
+    assert isinstance(train, FileTraces) and isinstance(held, FileTraces)
+    assert set(prompts_of(held)) == {f"{i:04d}" for i in range(150, 160)}
+    assert set(prompts_of(train)) == {f"{i:04d}" for i in range(150)}
+
+
+def test_a_short_file_is_repeated_and_a_long_one_cut(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 32)
+    rows = FileTraces(TOKENIZER, path, 100, 20, 0)
+    assert len(rows) == 100
+    distinct = len(rows.packed)
+    assert equal(rows[3], rows[3 + distinct])
+    assert not equal(rows[3], rows[4])
+    assert len(list(rows)) == 100  # type: ignore[call-overload]
+    assert len(FileTraces(TOKENIZER, path, 5, 20, 0).packed) == 5
+
+
+def test_a_file_is_shuffled_by_seed(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 64)
+    one, same, other = (prompts_of(FileTraces(TOKENIZER, path, 30, 20, seed)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    assert one != sorted(one)
+    assert sorted(one) == sorted(other)

@@ -1,0 +1,151 @@
+"""Accuracy through lm-eval: the embedded tasks load offline and score answers as they should."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lm_eval.api.model import LM
+
+from distill.data import suite
+from distill.data.families import FAMILIES
+from distill.errors import UserError
+from eval import accuracy
+from eval.accuracy import evaluate, task_manager
+
+LIMIT = 8
+
+
+class Stub(LM):
+    """An lm-eval model that answers from the suites, through the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, knows: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.tokenizer, self.knows = tokenizer, knows
+        self.answers = {q["prompt"]: q["answer"] for family in FAMILIES for q in suite.generative(family)}
+        self.right = {q["prompt"]: q["choices"][q["gold"]] for q in suite.choice()}
+        self.budgets: set[int] = set()
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "stub"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return str(self.tokenizer.chat_template)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        results = []
+        for request in requests:
+            context, options = request.args
+            self.budgets.add(options["max_gen_toks"])
+            prompt = question_of(context)
+            results.append(f"<think>1 2 3</think>{self.answers[prompt] if self.knows(prompt) else 'x'}")
+        return results
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        results = []
+        for request in requests:
+            context, continuation = request.args
+            prompt = question_of(context)
+            best = (continuation == self.right[prompt]) == self.knows(prompt)
+            results.append((-1.0 if best else -2.0, False))
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise NotImplementedError
+
+
+def question_of(context: str) -> str:
+    match = re.fullmatch(r"<\|user\|>(.*)<\|assistant\|>", context)
+    assert match, context
+    return match[1]
+
+
+@pytest.fixture
+def score(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, dict[str, Any]]]:
+    """``score(knows)``: rows by task of a model that is right where ``knows(prompt)``; the network is cut off."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the embedded tasks must load offline")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+    def run(knows: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+        stub = Stub(tokenizer, knows)
+        monkeypatch.setattr(accuracy.hf, "lm", lambda *_: stub)
+        rows = evaluate(None, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=4, limit=LIMIT)
+        assert stub.budgets == {96}
+        return {row["task"]: row for row in rows}
+
+    return run
+
+
+def test_right_answers_score_one(score: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    rows = score(lambda prompt: True)
+    assert set(rows) == {*FAMILIES, "embedded_choice"}
+    for task, row in rows.items():
+        generative = task in FAMILIES
+        assert row == {
+            "task": task,
+            "kind": "generative" if generative else "multiple_choice",
+            "metric": "exact_match" if generative else "acc",
+            "value": 1.0,
+            "stderr": 0.0,
+            "n": LIMIT,
+        }
+
+
+def test_wrong_answers_score_zero(score: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    assert {row["value"] for row in score(lambda prompt: False).values()} == {0.0}
+
+
+def test_each_family_is_scored_on_its_own_questions(score: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    rows = score(lambda prompt: prompt.startswith(("add", "sort")))
+    assert {task for task, row in rows.items() if row["value"] == 1} == {"add", "sort"}
+    assert {task for task, row in rows.items() if row["value"] == 0} == {"mod", "chase", "recall"}
+    families = [q["family"] for q in suite.choice()[:LIMIT]]
+    known = sum(family in ("add", "sort") for family in families) / LIMIT
+    assert rows["embedded_choice"]["value"] == known
+    assert rows["embedded_choice"]["stderr"] == pytest.approx((known * (1 - known) / LIMIT) ** 0.5)
+
+
+def test_a_real_model_is_scored(hybrid: Any, tokenizer: Any) -> None:
+    rows = evaluate(hybrid, tokenizer, ["embedded_add"], ["embedded_choice"], batch_size=8, limit=LIMIT)
+    assert [(row["task"], row["kind"], row["n"]) for row in rows] == [
+        ("add", "generative", LIMIT),
+        ("embedded_choice", "multiple_choice", LIMIT),
+    ]
+    assert all(0 <= row["value"] <= 1 for row in rows)
+
+
+def test_nothing_to_score_is_no_row(tokenizer: Any) -> None:
+    assert evaluate(None, tokenizer, [], [], batch_size=1) == []
+
+
+def test_unknown_task_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a few of lm-eval's tasks in place of its many thousand, which take long to read."""
+    embedded = accuracy._manager(False)
+    everything = SimpleNamespace(all_tasks=[*embedded.all_tasks, "gsm8k", "mmlu"])
+    monkeypatch.setattr(accuracy, "_manager", lambda defaults: everything if defaults else embedded)
+    assert task_manager(["embedded_choice", "embedded_generative"]) is embedded
+    assert task_manager(["embedded_choice", "gsm8k"]) is everything
+    for given, near in (("embedded_choise", "embedded_choice"), ("gsm8", "gsm8k")):
+        with pytest.raises(UserError, match=f"unknown task '{given}' .did you mean '{near}'"):
+            task_manager(["embedded_choice", given])
+
+
+@pytest.mark.slow
+def test_unknown_task_among_all_of_lm_evals() -> None:
+    assert {"gsm8k", "mmlu", "embedded_choice"} <= set(task_manager(["gsm8k"]).all_tasks)
+    with pytest.raises(UserError, match="unknown task 'gsm8kk'.*did you mean 'gsm8k"):
+        task_manager(["gsm8kk"])

@@ -1,0 +1,93 @@
+"""Prepared requests: the figures of lm-eval itself, however the requests are batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distill.errors import UserError
+from eval.accuracy import task_manager
+from eval.backends import hf
+from eval.loglikelihood import Requests, prepare
+
+QUESTIONS = 40
+
+
+@pytest.fixture
+def requests(llama: Any, tokenizer: Any) -> Requests:
+    return prepare("embedded_choice", tokenizer, llama, QUESTIONS)
+
+
+def choices(model: Any, requests: Requests) -> list[list[float]]:
+    """Log-likelihood of every choice of every question, one at a time, in float64."""
+    model = model.double()
+    values: list[list[float]] = [[] for _ in requests.gold]
+    for request in sorted(requests.requests, key=lambda r: (r.question, r.choice)):
+        ids = torch.tensor([request.ids])
+        with torch.no_grad():
+            logits = model(ids[:, :-1], use_cache=False).logits.log_softmax(-1)
+        each = logits.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        values[request.question].append(float(each[0, -request.targets :].sum()))
+    return values
+
+
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_accuracy_is_lm_evals(name: str, requests: Requests, tokenizer: Any, request: pytest.FixtureRequest) -> None:
+    from lm_eval import simple_evaluate
+
+    model = request.getfixturevalue(name)
+    results = simple_evaluate(
+        model=hf.lm(model, tokenizer, 16),
+        tasks=["embedded_choice"],
+        task_manager=task_manager(["embedded_choice"]),
+        limit=QUESTIONS,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=True,
+        verbosity="ERROR",
+    )
+    assert results is not None
+    figures = requests.evaluate(model)
+    assert figures["questions"] == results["n-samples"]["embedded_choice"]["effective"] == QUESTIONS
+    assert figures["accuracy"] == results["results"]["embedded_choice"]["acc,none"]
+    assert 0 < figures["accuracy"] < 1
+    samples = sorted(results["samples"]["embedded_choice"], key=lambda sample: sample["doc_id"])
+    assert requests.gold == tuple(sample["doc"]["gold"] for sample in samples)
+    right = [sample["filtered_resps"][sample["doc"]["gold"]][0] for sample in samples]
+    assert figures["loglikelihood"] == pytest.approx(sum(right) / QUESTIONS, rel=1e-5)
+
+
+def test_figures_do_not_depend_on_the_batching(hybrid: Any, requests: Requests) -> None:
+    results = [requests.evaluate(hybrid, batch_tokens=tokens) for tokens in (1, 300, 8192, 10**6)]
+    for result in results:
+        assert result == pytest.approx(results[0], rel=1e-5)
+    values = choices(hybrid, requests)
+    right = [row[gold] for row, gold in zip(values, requests.gold, strict=True)]
+    assert results[0]["loglikelihood"] == pytest.approx(sum(right) / QUESTIONS, rel=1e-5)
+    best = [row.index(max(row)) == gold for row, gold in zip(values, requests.gold, strict=True)]
+    accuracy = sum(best) / QUESTIONS
+    assert results[0]["accuracy"] == accuracy
+    assert results[0]["stderr"] == pytest.approx((accuracy * (1 - accuracy) / QUESTIONS) ** 0.5)
+
+
+def test_requests_are_the_chat_and_its_completions(requests: Requests, tokenizer: Any) -> None:
+    assert len(requests.requests) == 4 * QUESTIONS and len(requests.gold) == QUESTIONS
+    request = requests.requests[0]
+    text = tokenizer.decode(request.ids)
+    context, completion = tokenizer.decode(request.ids[: -request.targets]), tokenizer.decode(request.ids[-request.targets :])
+    assert text.startswith("<|user|>") and context.endswith("<|assistant|>")
+    assert completion.startswith("<think>") and "</think>" in completion
+    assert sorted((r.question, r.choice) for r in requests.requests) == [(q, c) for q in range(QUESTIONS) for c in range(4)]
+
+
+def test_fewer_questions_are_the_first_ones(llama: Any, requests: Requests, tokenizer: Any) -> None:
+    few = prepare("embedded_choice", tokenizer, llama, 5)
+    assert few.gold == requests.gold[:5]
+    assert few.requests == tuple(r for r in requests.requests if r.question < 5)
+
+
+def test_a_generative_task_is_refused(llama: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="'embedded_add' is generate_until; importance scores need a multiple-choice"):
+        prepare("embedded_add", tokenizer, llama)

@@ -1,0 +1,126 @@
+"""The whole chain through the command line, on tiny random teachers of every supported family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
+from stages.cli import main
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 4,
+}
+CONFIG = """
+name: tiny
+teacher: {teacher}
+schedule: [1, 3]
+run_dir: {run}
+threads: 1
+data: {{sequence_length: 128}}
+score:
+  loo: {{questions: 10}}
+  mmr: {{steps: 2, heldout_tokens: 256}}
+train: {{steps: 3, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 1, eval_rows: 4, save_steps: 2}}
+measure:
+  generative: [embedded_add]
+  multiple_choice: [embedded_choice]
+  limit: 2
+  throughput: {{batches: [1, 2], contexts: [16], repeats: 1, output_tokens: 32}}
+"""
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A config for a run on a tiny random teacher."""
+    torch.manual_seed(0)
+    model: Any
+    if request.param == "llama":
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **SHAPE))
+    else:
+        model = MistralForCausalLM(MistralConfig(sliding_window=None, **SHAPE))
+    model.save_pretrained(tmp_path / "teacher")
+    build_tokenizer().save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.format(teacher=tmp_path / "teacher", run=tmp_path / "run"))
+    return path
+
+
+def test_run_writes_every_record_and_is_idempotent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(config)]) == 0
+    run = config.parent / "run"
+    first, last = run / "stages" / "01-H1-1", run / "stages" / "02-H1-3"
+    assert (run / "report" / "report.html").stat().st_size > 10_000
+    assert json.loads((first / "score/scores.json").read_text())["scorer"] == "loo"
+    scores = json.loads((last / "score/scores.json").read_text())
+    assert scores["scorer"] == "mmr"
+    assert len(scores["blocks"]) == 3
+    placement = json.loads((last / "place/placement.json").read_text())
+    assert placement["mixers"].count("mamba1") == 3
+    assert placement["added"] == sorted(scores["order"][:2])
+    measure = json.loads((last / "measure/measure.json").read_text())
+    assert measure["tokens"] == 2 * 3 * 4 * 128
+    assert {row["model"] for row in measure["throughput"]} == {"teacher", "H1-3/4"}
+    assert {row["kind"] for row in measure["accuracy"]} == {"generative", "multiple_choice"}
+    hybrid = AutoModelForCausalLM.from_pretrained(last / "train/checkpoint")
+    assert hybrid.config.mixers == placement["mixers"]
+    assert not list(run.rglob("*.partial"))
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    capsys.readouterr()
+    assert main(["run", str(run)]) == 0
+    assert capsys.readouterr().out.count("is done already") == 10
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+    # changed inputs are refused with the difference; nothing is touched
+    assert main(["run", str(config), "train.steps=4"]) == 2
+    assert "steps: 3 -> 4" in capsys.readouterr().err
+    assert "steps: 3" in (run / "run.yaml").read_text()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+    # a finished schedule is extended without redoing it
+    config.write_text(config.read_text().replace("num_hidden", "num_hidden"))
+    assert main(["run", str(config), "train.steps=4", "--force"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    swapped = first / "swap/checkpoint/model.safetensors"
+    assert after[swapped] == before[swapped], "steps before the change stand"
+    assert json.loads((last / "train/train.json").read_text())["steps"] == 4
+
+
+def test_verbs_one_by_one_equal_the_run(config: Path, tmp_path: Path) -> None:
+    """The same config by single verbs, out of order refused, ends with the same weights and scores."""
+    assert main(["run", str(config)]) == 0
+    other = ["run_dir=" + str(tmp_path / "other")]
+    assert main(["train", str(config), *other]) == 2
+    for stage in ("1", "H1-3"):
+        for verb in ("score", "place", "swap", "train", "measure"):
+            assert main([verb, str(config), *other, "--stage", stage]) == 0
+    assert main(["report", str(tmp_path / "other")]) == 0
+    for name in ("01-H1-1", "02-H1-3"):
+        a, b = (tmp_path / run / "stages" / name for run in ("run", "other"))
+        left, right = (load_file(x / "train/checkpoint/model.safetensors") for x in (a, b))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+        assert (a / "score/scores.json").read_text() == (b / "score/scores.json").read_text()
+
+
+def test_schedule_can_be_extended(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(config), "schedule=[1]"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(config), "schedule=[1,2]"]) == 0
+    assert capsys.readouterr().out.count("is done already") == 5
+    assert (config.parent / "run/stages/02-H1-2/measure/measure.json").is_file()

@@ -1,0 +1,230 @@
+"""The trainer: it learns, counts its targets over the global batch, resumes to the same bits, and says when it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from transformers import TrainerCallback
+
+from distill.config import MixerConfig, TrainConfig
+from distill.data.pack import IGNORE, collate
+from distill.errors import UserError
+from distill.hybrid.surgery import hybridize
+from distill.teacher import Teacher
+from distill.trainer import DistillTrainer, LanguageTrainer, fit, heldout_loss, training_arguments
+
+Traces = Callable[..., Any]
+PLACEMENT = ["mamba1", "attention", "attention", "mamba1"]
+
+
+class Cut(Exception):
+    """What a kill would be."""
+
+
+class CutAtStep(TrainerCallback):
+    """Stop as if killed, once step 5 is logged (the last checkpoint is of step 4)."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 5:
+            raise Cut
+
+
+class CutTrainer(DistillTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(CutAtStep())
+
+
+def train(
+    llama: Any,
+    rows: Any,
+    output: Path,
+    *,
+    steps: int,
+    trainer: type[DistillTrainer] = DistillTrainer,
+    log: Path | None = None,
+    **changes: Any,
+) -> tuple[Any, DistillTrainer]:
+    """Distil H1-2/4 of ``llama``; returns the student and its trainer."""
+    options = TrainConfig(**{"batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2, **changes})
+    student = hybridize(llama, PLACEMENT, MixerConfig(), seed=0).train()
+    arguments = training_arguments(options, steps, output, seed=0)
+    extra = {"teacher": Teacher(llama), "loss": options.loss, "temperature": options.temperature}
+    done = fit(trainer, student, rows, arguments, title="test", log=log, **extra)
+    assert isinstance(done, DistillTrainer)
+    return student, done
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    weights = other.state_dict()
+    return all(torch.equal(tensor, weights[name]) for name, tensor in one.state_dict().items())
+
+
+def events(log: Path) -> list[dict[str, Any]]:
+    """The log without what a clock decides."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def test_distilling_lowers_the_heldout_loss(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    heldout, teacher = traces(8, seed=9, held_out=True), Teacher(llama)
+    start = heldout_loss(hybridize(llama, PLACEMENT, MixerConfig()), teacher, heldout, 4, "reverse_kl", 1.0)
+    student, _ = train(llama, traces(80), tmp_path / "out", steps=20, log=tmp_path / "log.jsonl")
+    end = heldout_loss(student, teacher, heldout, 4, "reverse_kl", 1.0)
+    assert 0 < end < 0.8 * start
+    log = events(tmp_path / "log.jsonl")
+    assert [line["step"] for line in log] == list(range(1, 21))
+    assert [line["tokens"] for line in log] == [4 * 64 * step for step in range(1, 21)]
+    assert all(line["grad_norm"] > 0 and line["loss"] > 0 for line in log)
+
+
+def test_every_parameter_is_trained_and_the_teacher_is_not(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    start = hybridize(llama, PLACEMENT, MixerConfig(), seed=0).state_dict()
+    student, _ = train(llama, traces(8), tmp_path, steps=2)
+    for name, parameter in student.named_parameters():
+        assert not torch.equal(parameter, start[name]), f"{name} did not move"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+
+
+def test_heldout_loss_is_the_mean_over_valid_targets(llama: Any, hybrid: Any, traces: Traces) -> None:
+    rows = traces(6, held_out=True)
+    batch = collate([rows[i] for i in range(6)])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        log_q, log_p = (log_softmax(m(**batch, use_cache=False).logits.double(), -1) for m in (hybrid, llama))
+    each = (log_q.exp() * (log_q - log_p)).sum(-1)[:, :-1][labels[:, 1:] != IGNORE]
+    values = [heldout_loss(hybrid.train(), Teacher(llama), rows, size, "reverse_kl", 1.0) for size in (1, 4, 6)]
+    assert values == pytest.approx([float(each.mean())] * 3, rel=1e-4)
+    assert hybrid.training, "the mode is given back"
+    nothing_swapped = hybridize(llama, ["attention"] * 4, MixerConfig())
+    assert heldout_loss(nothing_swapped, Teacher(llama), rows, 4, "reverse_kl", 1.0) == pytest.approx(0, abs=1e-9)
+
+
+def test_micro_batches_make_no_difference(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    rows = traces(12)
+    counts = [int((rows[i]["labels"] != IGNORE).sum()) for i in range(12)]
+    assert len(set(counts[:4])) > 1, "equal counts would hide a wrong mean"
+    results = []
+    for accumulation in (1, 4):
+        log = tmp_path / f"{accumulation}.jsonl"
+        student, _ = train(
+            llama, rows, tmp_path / str(accumulation), steps=3, gradient_accumulation=accumulation, log=log
+        )
+        results.append((student.state_dict(), events(log)))
+    (whole, whole_log), (micro, micro_log) = results
+    for one, other in zip(whole_log, micro_log, strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+    start = hybridize(llama, PLACEMENT, MixerConfig(), seed=0).state_dict()
+    moved = torch.cat([(whole[name] - start[name]).flatten() for name in whole]).norm()
+    apart = torch.cat([(whole[name] - micro[name]).flatten() for name in whole]).norm()
+    assert apart < 1e-3 * moved
+
+
+def test_same_seed_same_bits(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first, _ = train(llama, traces(12), tmp_path / "first", steps=3)
+    torch.manual_seed(2)
+    second, _ = train(llama, traces(12), tmp_path / "second", steps=3)
+    assert same_bits(first, second)
+
+
+def test_resumed_equals_uninterrupted(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 8, "save_steps": 2, "gradient_accumulation": 2, "weight_decay": 0.1}
+    whole, _ = train(llama, traces(32), tmp_path / "whole", log=tmp_path / "whole.jsonl", **options)
+    with pytest.raises(Cut):
+        train(llama, traces(32), tmp_path / "cut", trainer=CutTrainer, log=tmp_path / "cut.jsonl", **options)
+    assert (tmp_path / "cut" / "checkpoint-4").is_dir() and not (tmp_path / "cut" / "checkpoint-6").exists()
+    assert events(tmp_path / "cut.jsonl")[-1]["step"] == 5
+    torch.manual_seed(99)  # a new process draws its own numbers first
+    resumed, trainer = train(llama, traces(32), tmp_path / "cut", log=tmp_path / "cut.jsonl", **options)
+    assert trainer.state.global_step == 8
+    assert same_bits(whole, resumed)
+    assert events(tmp_path / "cut.jsonl") == events(tmp_path / "whole.jsonl")
+
+
+def test_what_decays(make_llama: Callable[..., Any], traces: Traces, tmp_path: Path) -> None:
+    hybrid = hybridize(make_llama(attention_bias=True, tie_word_embeddings=False), PLACEMENT, MixerConfig())
+    arguments = training_arguments(TrainConfig(weight_decay=0.1), 1, tmp_path, 0)
+    trainer = LanguageTrainer(model=hybrid, args=arguments, train_dataset=traces(8))
+    optimizer = trainer.create_optimizer()
+    by_id = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {name: by_id[id(p)] for name, p in hybrid.named_parameters()}
+    assert set(decay.values()) == {0.0, 0.1}
+    free = ("A_log", "self_attn.D", "bias", "norm.weight", "layernorm.weight", "embed_tokens.weight", "lm_head.weight")
+    for name, value in decay.items():
+        assert name.endswith(free) == (value == 0.0), name
+    # the two lists above are not empty of what they are about
+    mixer, attention = "model.layers.0.self_attn.", "model.layers.1.self_attn."
+    for name in ("A_log", "D", "dt_proj.bias", "conv1d.bias", "in_proj.bias", "out_proj.bias"):
+        assert decay[mixer + name] == 0.0
+    for name in ("in_proj.weight", "out_proj.weight", "dt_proj.weight"):
+        assert decay[mixer + name] == 0.1
+    assert decay[attention + "q_proj.weight"] == decay["model.layers.0.mlp.down_proj.weight"] == 0.1
+    assert decay[attention + "q_proj.bias"] == decay["model.norm.weight"] == decay["lm_head.weight"] == 0.0
+
+
+def test_a_loss_that_is_not_finite_stops(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    class Poisoned(DistillTrainer):
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == 3:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(torch.nan)
+            return super().training_step(model, *args, **kwargs)
+
+    with pytest.raises(UserError, match="loss became nan at step 4: lower train.learning_rate"):
+        train(llama, traces(32), tmp_path, steps=8, trainer=Poisoned, save_steps=2)
+    assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-4").exists()
+
+
+def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size=6 is not divisible by train.gradient_accumulation=4"):
+        training_arguments(TrainConfig(batch_size=6, gradient_accumulation=4), 1, tmp_path, 0)
+
+
+def two_documents(first_seed: int) -> dict[str, torch.Tensor]:
+    """A packed row whose targets are all in its second document."""
+    rng = torch.Generator().manual_seed(first_seed)
+    ids = torch.arange(24) % 50 + 5
+    ids[:10] = torch.randint(5, 56, (10,), generator=rng)
+    labels = ids.clone()
+    labels[:14] = IGNORE
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(10), torch.arange(14)])}
+
+
+def test_documents_do_not_leak_in_the_plain_teachers_training(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    """transformers ignores packed position_ids when a cache exists, and a model makes one unless told not to."""
+    losses = []
+    for use_cache in (False, True):
+        llama.config.use_cache = True
+        trainer = LanguageTrainer(
+            model=llama, args=training_arguments(TrainConfig(), 1, tmp_path, 0), train_dataset=traces(8)
+        )
+        if use_cache:  # the trap
+            llama.config.use_cache = True
+        losses.append([trainer.compute_loss(llama.train(), collate([two_documents(i)])).item() for i in (1, 2)])
+    assert losses[0][0] == losses[0][1]
+    assert losses[1][0] != losses[1][1], "the trap is gone: the test shows nothing"
+
+
+def test_documents_do_not_leak_in_distillation(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    student = hybridize(llama, PLACEMENT, MixerConfig()).train()
+    llama.config.use_cache = True
+    arguments = training_arguments(TrainConfig(), 1, tmp_path, 0)
+    extra = {"teacher": Teacher(llama), "loss": "reverse_kl", "temperature": 1.0}
+    trainer = DistillTrainer(model=student, args=arguments, train_dataset=traces(8), **extra)
+    results = []
+    for seed in (1, 2):
+        student.config.use_cache = True
+        student.zero_grad()
+        loss = trainer.compute_loss(student, collate([two_documents(seed)]))
+        loss.backward()
+        results.append((loss.item(), student.model.layers[0].self_attn.in_proj.weight.grad.clone()))
+    assert results[0][0] == results[1][0] > 0
+    assert torch.equal(results[0][1], results[1][1])
