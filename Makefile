@@ -18,9 +18,9 @@ smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 lint: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy
 
-teacher: $(STAMP)  ## train the embedded teacher again and put it in place (an hour or two)
+teacher: $(STAMP)  ## train the embedded teacher again and put it in place (about two hours on 2 cores)
 	$(BIN)/distill pretrain teacher output=runs/teacher
-	mkdir -p distill/data/teacher && cp runs/teacher/* distill/data/teacher/
+	mkdir -p distill/data/teacher && find runs/teacher -maxdepth 1 -type f -exec cp {} distill/data/teacher/ \;
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

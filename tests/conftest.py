@@ -38,7 +38,7 @@ def _random(make: Callable[[], Any]) -> Any:
         return make().eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_llama() -> Callable[..., Any]:
     """``make_llama(**keys)``: a random Llama (tied embeddings) whose config differs by ``keys``."""
     return lambda **keys: _random(

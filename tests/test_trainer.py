@@ -1,4 +1,4 @@
-"""The trainer: it learns, counts its targets over the global batch, resumes to the same bits, and says when it fails."""
+"""The trainer: it learns, counts targets over the global batch, resumes to the same bits, says when it fails."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -87,6 +88,18 @@ def test_a_row_is_closed_when_too_many_are_open() -> None:
 
     rows = pack(endless(), 4, PAD)
     assert all(next(rows)["input_ids"].tolist() == [7, 7, 7, PAD] for _ in range(3 * OPEN_ROWS))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fullest_row_is_closed_and_the_others_stay(seed: int) -> None:
+    """Past OPEN_ROWS: rows of mixed sizes, none overfull, nothing lost."""
+    rng = random.Random(seed)
+    documents = [Document([i] * rng.choice([5, 6, 7, 9, 11]), 1) for i in range(1, 400)]
+    rows = list(pack(documents, 16, PAD))
+    assert len(rows) > OPEN_ROWS
+    assert {tuple(row["input_ids"].shape) for row in rows} == {(16,)}
+    tokens = [token for row in rows for token in row["input_ids"].tolist() if token != PAD]
+    assert sorted(tokens) == [token for document in documents for token in document.ids]
 
 
 def test_the_order_of_first_fit() -> None:

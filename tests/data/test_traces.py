@@ -115,7 +115,7 @@ def test_the_mix_is_kept() -> None:
 )
 def test_a_bad_mix_is_refused(mix: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        embedded(mix=mix)
+        load_rows("embedded", TOKENIZER, 4, 64, mix, 0)
 
 
 def test_three_forms_of_jsonl(tmp_path: Path) -> None:

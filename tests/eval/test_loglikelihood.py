@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from eval.loglikelihood import Requests, prepare
 QUESTIONS = 40
 
 
-@pytest.fixture
-def requests(llama: Any, tokenizer: Any) -> Requests:
-    return prepare("embedded_choice", tokenizer, llama, QUESTIONS)
+@pytest.fixture(scope="module")
+def requests(make_llama: Callable[..., Any], tokenizer: Any) -> Requests:
+    return prepare("embedded_choice", tokenizer, make_llama(), QUESTIONS)
 
 
 def choices(model: Any, requests: Requests) -> list[list[float]]:
@@ -76,10 +77,15 @@ def test_requests_are_the_chat_and_its_completions(requests: Requests, tokenizer
     assert len(requests.requests) == 4 * QUESTIONS and len(requests.gold) == QUESTIONS
     request = requests.requests[0]
     text = tokenizer.decode(request.ids)
-    context, completion = tokenizer.decode(request.ids[: -request.targets]), tokenizer.decode(request.ids[-request.targets :])
+    context, completion = (
+        tokenizer.decode(request.ids[: -request.targets]),
+        tokenizer.decode(request.ids[-request.targets :]),
+    )
     assert text.startswith("<|user|>") and context.endswith("<|assistant|>")
     assert completion.startswith("<think>") and "</think>" in completion
-    assert sorted((r.question, r.choice) for r in requests.requests) == [(q, c) for q in range(QUESTIONS) for c in range(4)]
+    assert sorted((r.question, r.choice) for r in requests.requests) == [
+        (q, c) for q in range(QUESTIONS) for c in range(4)
+    ]
 
 
 def test_fewer_questions_are_the_first_ones(llama: Any, requests: Requests, tokenizer: Any) -> None:

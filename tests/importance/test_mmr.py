@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from distill.config import MixerConfig, MmrConfig, ScoreConfig, TrainConfig
-from distill.errors import UserError
 from distill.hybrid.surgery import hybridize
 from distill.importance import Setup, mmr
 from distill.teacher import Teacher
@@ -108,9 +107,9 @@ def test_the_model_and_the_teacher_are_left_as_they_were(setup: Setup) -> None:
 
 def test_run_twice_gives_the_same_scores(setup: Setup) -> None:
     torch.manual_seed(1)
-    first = mmr.score(setup)
+    first = mmr.score(replace(setup, blocks=[2]))
     torch.manual_seed(2)
-    assert mmr.score(setup) == first
+    assert mmr.score(replace(setup, blocks=[2])) == first
 
 
 def test_a_candidates_score_does_not_depend_on_the_others(setup: Setup) -> None:
@@ -141,15 +140,3 @@ def test_candidates_of_a_plain_teacher(llama: Any, setup: Setup, watched: list[d
 def test_order_breaks_ties_by_block() -> None:
     rows = [{"block": 4, "score": 0.2}, {"block": 1, "score": 0.3}, {"block": 2, "score": 0.2}]
     assert mmr.order(rows) == [2, 4, 1]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (MmrConfig(steps=0), "score.mmr.steps=0 must be at least 1"),
-        (MmrConfig(trainable="mixers"), "score.mmr.trainable 'mixers'.*did you mean 'mixer'"),
-    ],
-)
-def test_errors(setup: Setup, options: MmrConfig, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        mmr.score(replace(setup, config=ScoreConfig(mmr=options)))
