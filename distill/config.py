@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distill.errors import UserError, nearest
 
@@ -132,7 +133,8 @@ class MeasureConfig:
     limit: int = 0
     """Questions a task (0: all)."""
     batch_size: int = 64
-    max_new_tokens: int = 96
+    max_new_tokens: int = 0
+    """Longest generation (0: as each task says)."""
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
 
 
@@ -216,7 +218,7 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         loaded = OmegaConf.load(path)
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
-    except Exception as error:  # yaml's errors share no public base with OmegaConf's
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(loaded) or not loaded:
         raise UserError(f"{path}: expected key: value pairs, found {'nothing' if not loaded else 'a list'}")
@@ -224,21 +226,49 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
 
 
 def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], overrides: Sequence[str] = ()) -> Config:
-    """Merge mappings (each with the name of where it came from), then overrides, over the defaults."""
+    """Merge mappings (each with the name of where it came from), then overrides, over the defaults.
+
+    A mapping of the user's own keys (``data.mix``, ``model``) is replaced as a whole; ``data.mix.add=2`` changes one.
+    """
     merged: Any = OmegaConf.structured(kind)
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"expected key=value, got '{override}'")
-    named = [*layers, *[(f"'{text}'", OmegaConf.to_container(OmegaConf.from_dotlist([text]))) for text in overrides]]
-    for where, layer in named:
+    named = [(where, "", layer) for where, layer in layers]
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"expected key=value, got '{text}'")
+        try:
+            layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise UserError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
+        named.append((f"'{text}'", text.split("=")[0], layer))
+    for where, key, layer in named:
         _check_keys(kind, layer, where)
         try:
+            for path in _mappings(kind, layer):
+                if key in ("", path):
+                    OmegaConf.update(merged, path, {}, merge=False)
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
+        except (OmegaConfBaseException, TypeError) as error:
+            place = getattr(error, "full_key", None)
+            raise UserError(f"{where}: {f'{place}: ' if place else ''}{str(error).splitlines()[0]}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, kind)
     return config
+
+
+def _mappings(kind: Any, layer: Any, prefix: str = "") -> list[str]:
+    """Dotted paths of the free mappings (not dataclasses) that a layer sets."""
+    paths: list[str] = []
+    default = kind()
+    for key, value in layer.items():
+        nested = getattr(default, key)
+        if is_dataclass(nested) and isinstance(value, dict):
+            paths += _mappings(type(nested), value, f"{prefix}{key}.")
+        elif isinstance(nested, dict) and isinstance(value, dict):
+            paths.append(prefix + key)
+    return paths
 
 
 def dump_config(config: RunConfig | PretrainConfig) -> str:

@@ -27,11 +27,15 @@ PACKAGES = ("torch", "transformers", "accelerate", "lm-eval", "numba", "numpy")
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,8 +72,13 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """``key: old -> new`` for every leaf in which two mappings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}{key}.")
+        ]
+    same = json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+    return [] if same else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class Step:
         if record.get("fingerprint") == self.fingerprint:
             return
         changed = differences(record.get("inputs"), self.inputs)
-        lines = changed or [f"a step before it changed ({', '.join(self.after)})"]
+        lines = changed or [f"{line} (a step before it)" for line in differences(record.get("after"), self.after)]
         raise UserError(
             f"{self.folder} was made with other inputs:\n  " + "\n  ".join(lines[:3]) + "\n"
             "use --force to redo it and what depends on it, or another run_dir"
@@ -121,25 +130,29 @@ class Step:
         self.check()
         if self.done:
             return False
-        mark = self.partial / "inputs.json"
-        if self.partial.exists() and not (
-            resumable and mark.is_file() and read_json(mark)["fingerprint"] == self.fingerprint
-        ):
+        mark, finished = self.partial / "inputs.json", self.partial / "step.json"
+        if self.partial.exists() and not self._begun(finished) and not (resumable and self._begun(mark)):
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
-        record = {"step": self.name, "fingerprint": self.fingerprint, "inputs": self.inputs, "after": self.after}
-        write_json(mark, record)
-        began = time.monotonic()
-        work(self.partial)
-        write_json(
-            self.partial / "step.json",
-            {**record, "seconds": round(time.monotonic() - began, 3), "provenance": provenance()},
-        )
-        mark.unlink()
+        if not self._begun(finished):
+            record = {"step": self.name, "fingerprint": self.fingerprint, "inputs": self.inputs, "after": self.after}
+            write_json(mark, record)
+            began = time.monotonic()
+            work(self.partial)
+            seconds = round(time.monotonic() - began, 3)
+            write_json(finished, {**record, "seconds": seconds, "provenance": provenance()})
+        mark.unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         os.replace(self.partial, self.folder)
         return True
+
+    def _begun(self, mark: Path) -> bool:
+        """Whether ``mark`` says that the partial folder was made with the same inputs."""
+        try:
+            return bool(json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint)
+        except (OSError, ValueError, KeyError, TypeError):  # absent or torn: begun anew
+            return False
 
     def forget(self) -> None:
         """Remove what the step wrote, so that it is done again."""

@@ -48,6 +48,8 @@ def build_schedule(config: RunConfig, num_blocks: int) -> list[Stage]:
     tokens in an attention layer, and a model without one is not a hybrid).
     """
     schedule = list(config.schedule) or scaled(PAPER_SCHEDULE, PAPER_BLOCKS, num_blocks)
+    if not schedule:
+        raise UserError(f"a teacher of {num_blocks} block(s) has no schedule: at least one block must keep attention")
     train = config.train
     if train.steps_by_stage and len(train.steps_by_stage) != len(schedule):
         raise UserError(

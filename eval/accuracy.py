@@ -47,7 +47,7 @@ def task_manager(names: Sequence[str]) -> Any:
 def bars_on_a_terminal_only() -> Iterator[None]:
     """Within the context, progress bars are silent unless someone is there to see them."""
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=not sys.stderr.isatty())  # type: ignore[method-assign]
+    tqdm.__init__ = partialmethod(original, disable=not sys.stderr.isatty())  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -62,6 +62,7 @@ def evaluate(
     *,
     batch_size: int,
     limit: int = 0,
+    max_new_tokens: int = 0,
 ) -> list[dict[str, Any]]:
     """Score a model on tasks (groups and tags are reported task by task).
 
@@ -81,6 +82,7 @@ def evaluate(
                 tasks=list(tasks),
                 task_manager=manager,
                 limit=limit or None,
+                gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens and kind == "generative" else None,
                 bootstrap_iters=0,
                 log_samples=False,
                 apply_chat_template=tokenizer.chat_template is not None,

@@ -201,9 +201,24 @@ def check(config: RunConfig) -> None:
         **{f"measure.throughput.batches[{i}]": b for i, b in enumerate(throughput.batches)},
         **{f"measure.throughput.contexts[{i}]": c for i, c in enumerate(throughput.contexts)},
     }
+    at_least_0 = {
+        "threads": config.threads,
+        "train.warmup_steps": train.warmup_steps,
+        "train.save_steps": train.save_steps,
+        "train.weight_decay": train.weight_decay,
+        "train.max_grad_norm": train.max_grad_norm,
+        "score.loo.questions": config.score.loo.questions,
+        "measure.limit": config.measure.limit,
+        "measure.max_new_tokens": config.measure.max_new_tokens,
+    }
     for key, value in positive.items():
-        if value <= 0:
+        if not value > 0:
             raise UserError(f"{key}={value} must be above 0")
+    for key, value in at_least_0.items():
+        if not value >= 0:
+            raise UserError(f"{key}={value} must be at least 0")
+    if not 0 <= train.beta2 < 1:
+        raise UserError(f"train.beta2={train.beta2} must be in [0, 1)")
     if not throughput.batches or throughput.output_tokens < 2:
         raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
     if train.batch_size % train.gradient_accumulation:

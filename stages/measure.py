@@ -76,6 +76,7 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
         options.multiple_choice,
         batch_size=options.batch_size,
         limit=options.limit,
+        max_new_tokens=options.max_new_tokens,
     )
     for row in rows:
         say(f"  {row['task']:18s} {row['metric']} {100 * row['value']:5.1f}% +- {100 * row['stderr']:.1f}")

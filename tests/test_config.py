@@ -204,3 +204,11 @@ def test_a_value_that_no_step_could_work_with_is_refused(override: str, part: st
     with pytest.raises(UserError) as caught:
         check(merge_config(RunConfig, [], [override]))
     assert part in str(caught.value)
+
+
+def test_a_free_mapping_is_replaced_by_a_file_and_changed_by_a_dotted_key(tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text("data: {mix: {add: 2.0}}\n")
+    assert load_config(RunConfig, path).data.mix == {"add": 2.0}
+    assert load_config(RunConfig, path, ["data.mix.mod=1"]).data.mix == {"add": 2.0, "mod": 1.0}
+    assert load_config(RunConfig, path, ["data.mix={sort: 3}"]).data.mix == {"sort": 3.0}

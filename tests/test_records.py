@@ -116,7 +116,7 @@ def test_the_fingerprint_of_a_step_depends_on_inputs_and_on_what_is_before(tmp_p
 def test_differences_name_the_leaf() -> None:
     old = {"seed": 0, "train": {"steps": 10, "loss": "jsd"}, "gone": 1}
     new = {"seed": 0, "train": {"steps": 20, "loss": "jsd"}, "come": [2]}
-    assert differences(old, new) == ["train.steps: 10 -> 20", "gone: 1 -> None", "come: None -> [2]"]
+    assert differences(old, new) == ["train.steps: 10 -> 20", "gone: 1 -> (absent)", "come: (absent) -> [2]"]
     assert differences(old, old) == []
     assert differences({"a": {"b": 1}}, {"a": 3}) == ["a: {'b': 1} -> 3"]
 
@@ -172,7 +172,7 @@ def test_a_done_step_with_other_inputs_is_refused_and_left_alone(tmp_path: Path)
 
 def test_a_done_step_after_another_is_refused(tmp_path: Path) -> None:
     make(tmp_path, after={"swap": "1234"}).perform(work)
-    with pytest.raises(UserError, match=r"a step before it changed \(swap\)"):
+    with pytest.raises(UserError, match=r"swap: 1234 -> 9999 \(a step before it\)"):
         make(tmp_path, after={"swap": "9999"}).check()
 
 

@@ -41,6 +41,18 @@ class CutTrainer(DistillTrainer):
         self.add_callback(CutAtStep())
 
 
+class WatchedTrainer(DistillTrainer):
+    """Notes the step of every micro-batch it trains on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[int] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen.append(self.state.global_step)
+        return super().training_step(*args, **kwargs)
+
+
 def train(
     llama: Any,
     rows: Any,
@@ -143,8 +155,10 @@ def test_resumed_equals_uninterrupted(llama: Any, traces: Traces, tmp_path: Path
     assert (tmp_path / "cut" / "checkpoint-4").is_dir() and not (tmp_path / "cut" / "checkpoint-6").exists()
     assert events(tmp_path / "cut.jsonl")[-1]["step"] == 5
     torch.manual_seed(99)  # a new process draws its own numbers first
-    resumed, trainer = train(llama, traces(32), tmp_path / "cut", log=tmp_path / "cut.jsonl", **options)
-    assert trainer.state.global_step == 8
+    options |= {"trainer": WatchedTrainer, "log": tmp_path / "cut.jsonl"}
+    resumed, trainer = train(llama, traces(32), tmp_path / "cut", **options)
+    assert isinstance(trainer, WatchedTrainer)
+    assert trainer.seen == [4, 4, 5, 5, 6, 6, 7, 7], "it goes on from the checkpoint"
     assert same_bits(whole, resumed)
     assert events(tmp_path / "cut.jsonl") == events(tmp_path / "whole.jsonl")
 

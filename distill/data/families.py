@@ -3,7 +3,7 @@
 | family | question                  | trace                     | answer | what it takes                   |
 |--------|---------------------------|---------------------------|--------|---------------------------------|
 | add    | ``add 347+586``           | ``7+6+0=13 4+8+1=13 ...`` | 933    | digit sums with a carry         |
-| mod    | ``mod 7 ((3+5)*4-2)``     | ``3+5=1 1*4=4 4-2=2``     | 2      | tables modulo m                 |
+| mod    | ``mod 7 ((3+5)*4)-2``     | ``3+5=1 1*4=4 4-2=2``     | 2      | tables modulo m                 |
 | chase  | ``chase cd af fc from a3``| ``af fc cd``              | d      | one look-up a hop (attention)   |
 | recall | ``recall a3 k2 f7 from k``| ``k2``                    | 2      | look-up over distance (attention)|
 | sort   | ``sort 52918``            | ``5 25 259 1259 12589``   | 12589  | insertion, one prefix at a time |

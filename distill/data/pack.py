@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -32,9 +33,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, st
     Raises UserError where a chat does not end with the assistant, or where the template does not render
     the prompt as a prefix of the whole chat (then no mask could be right).
     """
+    if chats and tokenizer.chat_template is None:
+        raise UserError("the teacher's tokenizer has no chat template, which messages and the embedded traces need")
     for chat in chats:
-        if not chat or chat[-1].get("role") != "assistant":
-            raise UserError("a chat must end with an assistant turn (the completion to learn)")
+        check_chat(chat)
     whole = [tokenizer.apply_chat_template(c, tokenize=False) for c in chats]
     prompts = [tokenizer.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
     for text, prompt in zip(whole, prompts, strict=True):
@@ -43,13 +45,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, st
     return encode_texts(tokenizer, prompts, whole, mask)
 
 
+def check_chat(chat: Any) -> None:
+    """Raise UserError unless ``chat`` is a list of role/content messages that ends with the assistant's."""
+    if not isinstance(chat, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in chat):
+        raise UserError("messages must be a list of mappings with a role and a content")
+    if not all(isinstance(m.get("content"), str) for m in chat):
+        raise UserError("the content of every message must be text")
+    if not chat or chat[-1]["role"] != "assistant":
+        raise UserError("a chat must end with an assistant turn (the completion to learn)")
+
+
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], wholes: Sequence[str], mask: str
 ) -> list[Document]:
-    """Tokenise texts whose prompts are prefixes; the first completion token is where the prompt's ids end."""
+    """Tokenise texts whose prompts are prefixes; the first completion token is where the prompt's ids end.
+
+    Where a token would span prompt and completion, the two are tokenised apart, as generation sees them.
+    """
+    if not wholes:
+        return []
     ids = tokenizer(list(wholes), add_special_tokens=False)["input_ids"]
     heads = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    return [Document(row, len(head) if mask == "completion" else 1) for row, head in zip(ids, heads, strict=True)]
+    documents: list[Document] = []
+    for row, head, prompt, whole in zip(ids, heads, prompts, wholes, strict=True):
+        if row[: len(head)] != head:
+            row = head + tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+        documents.append(Document(row, len(head) if mask == "completion" else 1))
+    return documents
 
 
 def pack(documents: Iterable[Document], length: int, pad: int) -> Iterator[dict[str, torch.Tensor]]:

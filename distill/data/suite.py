@@ -37,6 +37,8 @@ def choice(count_per_family: int = CHOICE_PER_FAMILY) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         while len(found) < count_per_family:
             example = draw(family, rng, held_out=True)
+            if example.prompt in found:
+                continue
             options = [example.completion]
             while len(options) < CHOICES:
                 wrong = corrupt(example, rng)

@@ -30,7 +30,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     special = [PAD, UNKNOWN, USER, ASSISTANT, END]
     pieces = [*special, THINK, END_THINK, *WORDS, *DIGITS, *LETTERS, *SYMBOLS]
     core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=UNKNOWN))
-    split = "|".join([*WORDS, r"[\s\S]"])
+    split = "|".join([*(f"{word}(?= )" for word in WORDS), r"[\s\S]"])  # "from mod" asks for the keys m, o and d
     core.pre_tokenizer = pre_tokenizers.Split(Regex(split), behavior="isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens(special)

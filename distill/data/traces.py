@@ -14,12 +14,20 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distill.data.families import FAMILIES, draw
-from distill.data.pack import Document, encode, encode_texts, pack
+from distill.data.pack import Document, check_chat, encode, encode_texts, pack
 from distill.errors import UserError, choose, nearest
 
 Row = dict[str, torch.Tensor]
 EMBEDDED = "embedded"
 SHARD = 64  # rows generated together
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up rows; it is never a target."""
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(found, int):
+            return found
+    return 0
 
 
 class EmbeddedTraces(Dataset[Row]):
@@ -51,6 +59,8 @@ class EmbeddedTraces(Dataset[Row]):
         return self.rows
 
     def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < self.rows:
+            raise IndexError(index)
         shard, place = divmod(index, SHARD)
         if self._shard[0] != shard:
             self._shard = (shard, self._generate(shard))
@@ -58,7 +68,7 @@ class EmbeddedTraces(Dataset[Row]):
 
     def _generate(self, shard: int) -> list[Row]:
         rng = random.Random(f"{self.seed}/{shard}/{self.held_out}")
-        return list(islice(pack(self._documents(rng), self.length, int(self.tokenizer.pad_token_id)), SHARD))
+        return list(islice(pack(self._documents(rng), self.length, pad_id(self.tokenizer)), SHARD))
 
     def _documents(self, rng: random.Random) -> Any:
         families, weights = list(self.mix), list(self.mix.values())
@@ -91,9 +101,8 @@ class FileTraces(Dataset[Row]):
             raise UserError(f"{path}: at least 2 documents are needed (one is held out), found {len(documents)}")
         cut = len(documents) - max(1, len(documents) // 16)
         documents = documents[cut:] if held_out else documents[:cut]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         random.Random(seed).shuffle(documents)
-        self.packed = list(islice(pack(documents, length, int(pad)), rows))
+        self.packed = list(islice(pack(documents, length, pad_id(tokenizer)), rows))
         if not any((row["labels"] != -100).any() for row in self.packed):
             raise UserError(f"{path}: no completion tokens within data.sequence_length={length}")
         self.rows = rows
@@ -102,7 +111,7 @@ class FileTraces(Dataset[Row]):
         return self.rows
 
     def __getitem__(self, index: int) -> Row:
-        if index >= self.rows:
+        if not 0 <= index < self.rows:
             raise IndexError(index)
         return self.packed[index % len(self.packed)]
 
@@ -113,30 +122,41 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, mask: str) ->
     prompts: list[str] = []
     wholes: list[str] = []
     end = tokenizer.eos_token or ""
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
-            if isinstance(row, dict) and isinstance(row.get("messages"), list):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if isinstance(row, dict) and "messages" in row:
+                check_chat(row["messages"])
                 chats.append(row["messages"])
-            elif isinstance(row, dict) and {"prompt", "completion"} <= row.keys():
-                prompts.append(str(row["prompt"]))
-                wholes.append(f"{row['prompt']}{row['completion']}{end}")
-            elif isinstance(row, dict) and "text" in row:
-                prompts.append("")
-                wholes.append(f"{row['text']}{end}")
-            else:
-                given = sorted(row) if isinstance(row, dict) else type(row).__name__
-                hint = nearest(given[0], ["messages", "prompt", "text"]) if isinstance(given, list) and given else ""
-                raise UserError(f"{path}:{number}: needs messages, prompt and completion, or text; has {given}{hint}")
-    if chats and tokenizer.chat_template is None:
-        raise UserError(f"{path}: has messages, but the teacher's tokenizer has no chat template")
-    encoded = encode(tokenizer, chats, mask) if chats else []
-    return encoded + (encode_texts(tokenizer, prompts, wholes, mask) if wholes else [])
+                continue
+            prompt, completion = _prompt_and_completion(row)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+        prompts.append(prompt)
+        wholes.append(prompt + completion + end)
+    return encode(tokenizer, chats, mask) + encode_texts(tokenizer, prompts, wholes, mask)
+
+
+def _prompt_and_completion(row: Any) -> tuple[str, str]:
+    """The texts of a row without messages; UserError where it has none."""
+    if not isinstance(row, dict):
+        raise UserError(f"a row must be a mapping, not {type(row).__name__}")
+    for names in (("prompt", "completion"), ("text",)):
+        if set(names) <= row.keys():
+            values = [row[name] for name in names]
+            if not all(isinstance(value, str) for value in values):
+                raise UserError(f"{' and '.join(names)} must be text")
+            return ("", values[0]) if len(values) == 1 else (values[0], values[1])
+    hint = nearest(next(iter(row)), ("messages", "text")) if len(row) == 1 else ""
+    raise UserError(f"needs messages, prompt and completion, or text; has {', '.join(row) or 'nothing'}{hint}")
 
 
 def load_rows(

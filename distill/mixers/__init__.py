@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from distill.errors import choose
+from distill.placement import ATTENTION
 
-ATTENTION = "attention"
+__all__ = ["ATTENTION", "available", "mixer_class", "set_kernels"]
 
 
 def available() -> list[str]:

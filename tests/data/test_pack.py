@@ -163,3 +163,13 @@ def test_encode_texts() -> None:
     first, second = encode_texts(tokenizer, ["sort 21", ""], ["sort 2112", "add"], "completion")
     assert (tokenizer.decode(first.ids), first.completion) == ("sort 2112", 4)
     assert (tokenizer.decode(second.ids), second.completion) == ("add", 0)
+
+
+def test_a_token_that_spans_prompt_and_completion_is_not_made() -> None:
+    """``from a`` + ``dd 1`` would tokenise as one ``add`` before a space: then nothing of it could be learned."""
+    tokenizer = build_tokenizer()
+    (document,) = encode_texts(tokenizer, ["from a"], ["from add 1"], "completion")
+    apart = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("from a", "dd 1")]
+    assert document.ids == apart[0] + apart[1]
+    assert document.completion == len(apart[0])
+    assert tokenizer("from add 1", add_special_tokens=False)["input_ids"] != document.ids

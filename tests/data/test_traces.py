@@ -139,13 +139,19 @@ def test_three_forms_of_jsonl(tmp_path: Path) -> None:
     [
         ('{"text": ', "not JSON"),
         ("plain words", "not JSON"),
-        ({"mesages": []}, r"has \['mesages'\] \(did you mean 'messages'\?\)"),
+        ({"mesages": []}, r"has mesages \(did you mean 'messages'\?\)"),
         ({"prompt": "a"}, "needs messages, prompt and completion, or text"),
         ({"completion": "a"}, "needs messages, prompt and completion, or text"),
-        ({"messages": "a"}, "needs messages, prompt and completion, or text"),
+        ({"messages": "a"}, "must be a list of mappings"),
         ({}, "needs messages, prompt and completion, or text"),
-        ([1], "has list"),
-        (5, "has int"),
+        ([1], "a row must be a mapping, not list"),
+        (5, "a row must be a mapping, not int"),
+        ({"text": None}, "text must be text"),
+        ({"prompt": "a", "completion": None}, "prompt and completion must be text"),
+        ({"messages": ["hi"]}, "must be a list of mappings"),
+        ({"messages": [{"role": "assistant"}]}, "content of every message must be text"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "must end with an assistant turn"),
+        ({"messages": []}, "must end with an assistant turn"),
     ],
 )
 def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -217,3 +223,19 @@ def test_a_file_is_shuffled_by_seed(tmp_path: Path) -> None:
     assert one != other
     assert one != sorted(one)
     assert sorted(one) == sorted(other)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"latin\.jsonl cannot be read"):
+        read_documents(path, TOKENIZER, "completion")
+
+
+def test_rows_end_where_they_should() -> None:
+    rows = EmbeddedTraces(TOKENIZER, 3, 128, {"add": 1.0}, 0)
+    assert len(list(rows)) == 3
+    with pytest.raises(IndexError):
+        rows[3]
+    with pytest.raises(IndexError):
+        rows[-1]

@@ -202,6 +202,7 @@ def test_start_of_the_recurrence() -> None:
     mixer = Mixer(config(hidden_size=80, num_attention_heads=64, num_key_value_heads=2), 0)
     dt = softplus(mixer.dt_proj.bias.double())
     assert dt.min() >= 1e-3 * (1 - 1e-3) and dt.max() <= 1e-1 * (1 + 1e-3)
+    assert dt.min() < 1.03e-3 and dt.max() > 0.97e-1, "with 2,048 channels, both ends are met"
     log = dt.log10()  # log-uniform over [-3, -1]: both halves are filled alike
     assert abs(log.mean() + 2) < 0.1 and 0.4 < (log < -2).double().mean() < 0.6
     assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, 17).expand(mixer.d_inner, 16))
