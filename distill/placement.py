@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from distill.errors import UserError
 
@@ -38,11 +38,3 @@ def replace(mixers: Sequence[str], blocks: Iterable[int], mixer: str) -> list[st
             raise UserError(f"block {block} already has mixer '{result[block]}'")
         result[block] = mixer
     return result
-
-
-def least_important(scores: Mapping[int, float], count: int, tie_break: Mapping[int, float] | None = None) -> list[int]:
-    """The ``count`` blocks to replace next, in increasing importance; equal scores by ``tie_break``, then index."""
-    if count > len(scores):
-        raise UserError(f"{count} blocks to replace, but only {len(scores)} still have attention")
-    order = sorted(scores, key=lambda block: (scores[block], (tie_break or {}).get(block, 0.0), block))
-    return order[:count]

@@ -1,4 +1,4 @@
-"""What every verb shares: targets, threads, and the steps of a run with what each depends on."""
+"""What every verb shares: opening a run, its seeds and data, and its steps with what each depends on."""
 
 from __future__ import annotations
 
@@ -8,47 +8,25 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from distill.config import RunConfig, dump_config, load_config
+from distill.config import RunConfig, dump_config
 from distill.data.traces import check_source, load_rows
-from distill.errors import UserError, choose, nearest
+from distill.errors import UserError
 from distill.hybrid.surgery import hybrid_config
-from distill.importance import available as scores
-from distill.importance.mmr import TRAINABLE
-from distill.init import available as initialisations
-from distill.losses import LOSSES
-from distill.mixers import available as mixers
 from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, fingerprint, read_json, write_text
 from distill.schedule import Stage, build_schedule
-from distill.teacher import DTYPES, resolve
 from distill.teacher import load_config as load_model_config
+from distill.teacher import resolve
 from eval.accuracy import task_manager
+from stages.targets import read_config
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Short name -> path of the configs that we ship."""
-    folder = Path(str(resources.files("configs")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def config_path(target: str) -> Path:
-    """The file that CONFIG names: a path, or the short name of one we ship."""
-    path = Path(target).expanduser()
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path
-    shipped = shipped_configs()
-    if path.stem in shipped and (target == path.stem or path == Path("configs") / f"{path.stem}.yaml"):
-        return shipped[path.stem]
-    raise UserError(f"no config '{target}'{nearest(target, shipped)}; give a YAML file or one of: {', '.join(shipped)}")
 
 
 def set_threads(threads: int) -> int:
@@ -137,15 +115,7 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     With ``write`` the resolved config goes to ``run.yaml``. Steps that were finished with other inputs are
     refused, or (``force``) forgotten together with all that follows them.
     """
-    folder = Path(target).expanduser()
-    if folder.is_dir():
-        if not (folder / "run.yaml").is_file():
-            raise UserError(f"{target} is no run folder: it has no run.yaml")
-        config = load_config(RunConfig, folder / "run.yaml", overrides)
-        config.run_dir = str(folder) if not any(o.startswith("run_dir=") for o in overrides) else config.run_dir
-    else:
-        config = load_config(RunConfig, config_path(target), overrides)
-    check(config)
+    config = read_config(target, overrides)
     threads = set_threads(config.threads)
     model = load_model_config(config.teacher)
     stages = build_schedule(config, model.num_hidden_layers)
@@ -172,60 +142,6 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
         except OSError as error:
             raise UserError(f"cannot write to run_dir={config.run_dir}: {error.strerror}") from error
     return context
-
-
-def check(config: RunConfig) -> None:
-    """Raise UserError for values that no step could work with."""
-    choose("dtype", config.dtype, DTYPES)
-    choose("kernels", config.kernels, ("auto", "reference", "cpu"))
-    choose("mixer.name", config.mixer.name, mixers())
-    choose("mixer.init", config.mixer.init, initialisations())
-    choose("train.loss", config.train.loss, LOSSES)
-    choose("data.mask", config.data.mask, ("completion", "all"))
-    for name in (config.score.first, config.score.later):
-        choose("score", name, scores())
-    choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
-    train, throughput = config.train, config.measure.throughput
-    positive = {
-        "data.sequence_length": config.data.sequence_length,
-        "train.batch_size": train.batch_size,
-        "train.gradient_accumulation": train.gradient_accumulation,
-        "train.temperature": train.temperature,
-        "train.learning_rate": train.learning_rate,
-        "train.eval_rows": train.eval_rows,
-        "score.mmr.steps": config.score.mmr.steps,
-        "score.mmr.heldout_tokens": config.score.mmr.heldout_tokens,
-        "measure.batch_size": config.measure.batch_size,
-        "measure.throughput.repeats": throughput.repeats,
-        **{f"train.steps_by_stage[{i}]": steps for i, steps in enumerate([*train.steps_by_stage, train.steps])},
-        **{f"measure.throughput.batches[{i}]": b for i, b in enumerate(throughput.batches)},
-        **{f"measure.throughput.contexts[{i}]": c for i, c in enumerate(throughput.contexts)},
-    }
-    at_least_0 = {
-        "threads": config.threads,
-        "train.warmup_steps": train.warmup_steps,
-        "train.save_steps": train.save_steps,
-        "train.weight_decay": train.weight_decay,
-        "train.max_grad_norm": train.max_grad_norm,
-        "score.loo.questions": config.score.loo.questions,
-        "measure.limit": config.measure.limit,
-        "measure.max_new_tokens": config.measure.max_new_tokens,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{key}={value} must be above 0")
-    for key, value in at_least_0.items():
-        if not value >= 0:
-            raise UserError(f"{key}={value} must be at least 0")
-    if not 0 <= train.beta2 < 1:
-        raise UserError(f"train.beta2={train.beta2} must be in [0, 1)")
-    if not throughput.batches or throughput.output_tokens < 2:
-        raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
-    if train.batch_size % train.gradient_accumulation:
-        raise UserError(
-            f"train.batch_size={train.batch_size} is not divisible by "
-            f"train.gradient_accumulation={train.gradient_accumulation}"
-        )
 
 
 def identity(name: str, config: Any) -> str:

@@ -11,20 +11,20 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from distill.config import RunConfig, load_config
+from distill.config import RunConfig
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, hybrid_config
 from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage, build_schedule
 from distill.teacher import load_config as load_model_config
-from stages.common import check, config_path, say
+from stages.common import say
+from stages.targets import read_config
 
 GB = 1e9
 
@@ -39,10 +39,7 @@ class Sizes:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = Path(args.target)
-    path = folder / "run.yaml" if (folder / "run.yaml").is_file() else config_path(args.target)
-    config = load_config(RunConfig, path, args.overrides)
-    check(config)
+    config = read_config(args.target, args.overrides)
     teacher = teacher_config(config)
     stages = build_schedule(config, teacher.num_hidden_layers)
     for line in plan(config, teacher, stages):

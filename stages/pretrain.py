@@ -21,7 +21,8 @@ from distill.data.traces import load_rows
 from distill.records import write_json, write_text
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
-from stages.common import config_path, say, set_threads
+from stages.common import say, set_threads
+from stages.targets import config_path
 
 
 def main(args: argparse.Namespace) -> int:

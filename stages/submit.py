@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
-from distill.config import RunConfig, SlurmConfig, load_config
+from distill.config import RunConfig, SlurmConfig
 from distill.errors import UserError
 from distill.schedule import build_schedule
-from stages.common import check, config_path, say
+from stages.common import say
 from stages.plan import teacher_config
+from stages.targets import read_config
 
 STEPS = ("score", "place", "swap", "train", "measure")
 ON_ONE_CORE = ("place",)  # steps without a model
@@ -34,10 +34,7 @@ class Job:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = Path(args.target)
-    path = folder / "run.yaml" if (folder / "run.yaml").is_file() else config_path(args.target)
-    config = load_config(RunConfig, path, args.overrides)
-    check(config)
+    config = read_config(args.target, args.overrides)
     names = [(s.folder, s.name) for s in build_schedule(config, teacher_config(config).num_hidden_layers)]
     jobs = jobs_of(config, args.target, args.overrides, names)
     if not args.dry_run:

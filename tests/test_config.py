@@ -14,7 +14,7 @@ from distill.data.families import FAMILIES
 from distill.errors import UserError
 from distill.losses import LOSSES
 from distill.schedule import build_schedule
-from stages.common import check, config_path, shipped_configs
+from stages.targets import check, config_path, shipped_configs
 
 
 def write(folder: Path, text: str) -> Path:

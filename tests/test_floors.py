@@ -33,7 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("eval", "eval.backends", "eval.backends.*"),
     ("eval.accuracy", "eval.loglikelihood", "eval.throughput", "eval.pareto", "eval.tasks", "eval.tasks.*"),  # F8
     ("eval.figures", "eval.report"),
-    ("stages", "stages.common"),  # F10: what the verbs share, the verbs, the verb that submits the others
+    (
+        "stages",
+        "stages.common",
+        "stages.targets",
+    ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
     ("stages.submit",),
     ("stages.pipeline",),  # F11

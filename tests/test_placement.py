@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.placement import ATTENTION, hybrid_name, least_important, parse_name, replace, replaced_blocks
+from distill.placement import ATTENTION, hybrid_name, parse_name, replace, replaced_blocks
 
 APRIEL_25 = [*range(20, 26), 27, *range(30, 34), *range(35, 48), 49]  # released, 0-based
 
@@ -54,30 +54,3 @@ def test_a_block_out_of_range_is_refused(block: int) -> None:
 def test_a_block_is_replaced_once(blocks: list[int]) -> None:
     with pytest.raises(UserError, match="already has mixer 'mamba"):
         replace([ATTENTION, "mamba2"], blocks, "mamba1")
-
-
-def test_the_least_important_come_first() -> None:
-    assert least_important({0: 0.5, 3: -0.1, 7: 0.2, 9: 0.2}, 3) == [3, 7, 9]
-    assert least_important({0: 0.5, 3: 0.1}, 0) == []
-
-
-def test_ties_go_to_the_tie_break_and_then_to_the_index() -> None:
-    scores = {4: 1.0, 2: 1.0, 1: 1.0, 5: 0.0}
-    assert least_important(scores, 4) == [5, 1, 2, 4]
-    assert least_important(scores, 4, {1: 3.0, 2: -1.0, 4: 2.0, 5: 9.0}) == [5, 2, 4, 1]
-    assert least_important(scores, 4, {1: 3.0, 2: 3.0}) == [5, 4, 1, 2]
-
-
-def test_no_more_than_there_are() -> None:
-    with pytest.raises(UserError, match="3 blocks to replace, but only 2 still have attention"):
-        least_important({0: 1.0, 1: 2.0}, 3)
-
-
-@given(st.dictionaries(st.integers(0, 60), st.floats(-5, 5), min_size=1), st.data())
-def test_nothing_left_behind_scores_lower(scores: dict[int, float], data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, len(scores)))
-    chosen = least_important(scores, count)
-    rest = scores.keys() - set(chosen)
-    assert len(set(chosen)) == count
-    assert [scores[b] for b in chosen] == sorted(scores[b] for b in chosen)
-    assert not chosen or all(scores[b] >= scores[chosen[-1]] for b in rest)

@@ -8,9 +8,9 @@ import torch
 from distill.config import RunConfig, SlurmConfig, load_config
 from distill.hybrid.model import FAMILIES
 from stages.cli import main
-from stages.common import config_path
 from stages.plan import sizes, teacher_config
 from stages.submit import Job, batch_script
+from stages.targets import config_path
 
 
 def test_plan_of_the_paper_works_offline(capsys: pytest.CaptureFixture[str]) -> None:
