@@ -84,14 +84,15 @@ def distillation_loss(
         head, teacher_head: LM heads (``weight`` [V, E] and [V, E'], optional ``bias`` [V]).
         labels: [B, T], not shifted; -100 where no loss is taken.
 
-    A batch without a valid target gives 0 (with a zero gradient), not NaN.
+    No valid target, here or in the global batch, gives 0 (with a zero gradient), not NaN.
     """
     choose("loss", name, LOSSES)
     rows, targets = valid_targets(hidden, labels)
     with torch.no_grad():
         teacher_rows, _ = valid_targets(teacher_hidden, labels)
     if count is None:
-        count = float(max(len(targets), 1))
+        count = float(len(targets))
+    count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
     return ChunkedLoss.apply(
         rows, head.weight, head.bias, teacher_rows, teacher_head.weight, teacher_head.bias,
         targets, LOSSES[name], temperature, count,

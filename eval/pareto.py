@@ -13,6 +13,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from distill.errors import UserError
+from distill.records import read_json
+
 Record = Mapping[str, Any]
 
 STEPS = {
@@ -21,6 +24,12 @@ STEPS = {
     "train": "train/train.json",
     "measure": "measure/measure.json",
 }
+LISTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "score": {"blocks": ("block",)},
+    "place": {"mixers": (), "added": ()},
+    "measure": {"accuracy": ("task", "kind"), "throughput": ("model", "batch", "context")},
+}
+"""The lists that a record must hold, and what each of their entries must hold."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,16 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read the run folder `path`, finished or not.
 
-    Raises `ValueError` where `path` is no run folder or a record in it is broken.
+    Raises UserError where `path` is no run folder or a record in it is broken.
     """
     if not any((path / part).exists() for part in ("run.yaml", "teacher", "stages")):
-        raise ValueError(f"{path} is not a run folder: it holds neither run.yaml nor teacher/ nor stages/")
-    config = _read_yaml(path / "run.yaml")
-    teacher = _read_json(path / "teacher" / "measure.json")
+        raise UserError(
+            f"{path} holds no records of a run (neither run.yaml nor teacher/ nor stages/): "
+            "give the folder of a run, or do the run first"
+        )
+    path = path.resolve()  # "." has no name
+    config = _read_config(path / "run.yaml")
+    teacher = _read_record(path / "teacher" / "measure.json", "measure")
     folders = {
         int(folder.name.split("-")[0]): folder
         for folder in (path / "stages").glob("[0-9]*-*")
@@ -73,10 +86,10 @@ def read_run(path: Path) -> Run:
     stages = []
     for index in sorted(folders.keys() | planned.keys()):
         folder = folders.get(index)
-        records = {step: _read_json(folder / file) if folder else None for step, file in STEPS.items()}
+        records = {step: _read_record(folder / file, step) if folder else None for step, file in STEPS.items()}
         stem = folder.name.partition("-")[2] if folder else f"H1-{planned[index]}"
         named = (records["measure"] or {}).get("name") or (records["place"] or {}).get("name")
-        log = _read_log(folder / "train" / "log.jsonl") if folder else ()
+        log = _read_log(folder) if folder else ()
         stages.append(Stage(index, str(named or stem + suffix), records, log))
     return Run(path, config, teacher, tuple(stages))
 
@@ -207,34 +220,46 @@ def _row(
     return row
 
 
-def _read_json(file: Path) -> Record | None:
+def _read_record(file: Path, step: str) -> Record | None:
     if not file.is_file():
         return None
+    remedy = f"remove {file.parent} and run its step again"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); run the step that wrote it again") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} holds a {type(record).__name__}, expected an object")
+        record = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
+    broken = "" if isinstance(record, dict) else f"a {type(record).__name__} instead of an object"
+    for name, keys in {} if broken else LISTS.get(step, {}).items():
+        entries = record.get(name)
+        if not isinstance(entries, list):
+            broken = f"no list '{name}'"
+        elif keys and not all(isinstance(entry, dict) and entry.keys() >= set(keys) for entry in entries):
+            broken = f"an entry of '{name}' without {' and '.join(keys)}"
+    if broken:
+        raise UserError(f"{file} is broken, it holds {broken}; {remedy}")
     return record
 
 
-def _read_log(file: Path) -> tuple[Record, ...]:
-    if not file.is_file():
-        return ()
-    lines = file.read_text(encoding="utf-8").splitlines()
+def _read_log(stage: Path) -> tuple[Record, ...]:
+    """The training log of a stage folder, also of a training that is still going on or was cut short."""
+    files = [stage / step / "log.jsonl" for step in ("train", "train.partial")]
+    file = next((file for file in files if file.is_file()), None)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             if number < len(lines):  # a torn last line is what a killed step leaves
-                raise ValueError(f"{file}, line {number} is not valid JSON: {error}") from error
+                raise UserError(f"{file}, line {number} is not a JSON object: remove that line") from error
     return tuple(records)
 
 
-def _read_yaml(file: Path) -> Record:
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _read_config(file: Path) -> Record:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}, expected a mapping")
+        raise UserError(f"{file} holds a {type(config).__name__}, expected a mapping")
     return config

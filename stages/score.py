@@ -38,7 +38,8 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
     seed = begin(context, stage, 1)
     tokenizer = load_tokenizer(config.teacher)
     teacher = Teacher(load_model(config.teacher, config.dtype))
-    model = load_model(context.before(stage), config.dtype)
+    dtype = "float32" if stage.scorer == "mmr" else config.dtype  # what is trained has float32 weights
+    model = load_model(context.before(stage), dtype)
     set_kernels(model, config.kernels)
     mixers = getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers
     converted = set(replaced_blocks(mixers))
@@ -71,6 +72,7 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
         mixer=config.mixer,
         seed=config.seed,
         kernels=config.kernels,
+        dtype=config.dtype,
         scratch=folder / "scratch",
         report=report,
     )

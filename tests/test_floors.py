@@ -31,7 +31,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distill.trainer",),  # F5
     ("distill.importance", "distill.importance.*"),
     ("eval", "eval.backends", "eval.backends.*"),
-    ("eval.accuracy", "eval.loglikelihood", "eval.throughput", "eval.pareto", "eval.tasks", "eval.tasks.*"),  # F8
+    (
+        "eval.accuracy",
+        "eval.loglikelihood",
+        "eval.throughput",
+        "eval.pareto",
+        "eval.drawing",
+        "eval.page",
+        "eval.tasks",
+        "eval.tasks.*",
+    ),  # F8
     ("eval.figures", "eval.report"),
     (
         "stages",

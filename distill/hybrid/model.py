@@ -33,7 +33,7 @@ def document_starts(
         bool [B, T], or None where nothing begins after the first token (and nothing is padded).
     """
     batch, length = shape
-    if length == 1 and past:
+    if past and length == 1 and (attention_mask is None or attention_mask.ndim != 2):
         return None
     starts = None
     if position_ids is not None and position_ids.ndim == 2:
@@ -45,6 +45,8 @@ def document_starts(
         before = nn.functional.pad(attention_mask.bool(), (1, 0))[:, -length - 1 : -1]
         after_padding = token & ~before
         starts = after_padding if starts is None else starts | after_padding
+        if past and length == 1 and not bool(starts.any()):
+            return None
     return starts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from distill.hybrid.config import mixer_options
 from distill.hybrid.model import FAMILIES
 from distill.init import initialiser
 from distill.mixers import ATTENTION
+from distill.placement import replaced_blocks
 
 
 def check_convertible(config: Any) -> str:
@@ -58,9 +60,17 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
     for block in changed:
         if before[block] != ATTENTION:
             raise UserError(f"block {block} has mixer '{before[block]}' already; only attention can be replaced")
+    if replaced_blocks(before):
+        for key, old in model.config.mixer_config.items():
+            if key != "conv_init" and old != config.mixer_config[key]:
+                raise UserError(
+                    f"mixer.{key}={config.mixer_config[key]}, but the mixers already there have {key}={old}"
+                )
     _, model_class = FAMILIES[config.model_type.removeprefix("hybrid_")]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         hybrid = model_class(config).to(model.dtype)
+    hybrid.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its frequencies stay in float32
+    keep_fp32(hybrid)
     kept = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -74,12 +84,11 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
     for block in changed:
         attention: nn.Module = model.model.layers[block].self_attn
         target = hybrid.model.layers[block].self_attn
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(seed * 10_007 + block)
             target.reset_parameters()
-        initialise(target, attention)
-    keep_fp32(hybrid)
-    hybrid.generation_config = model.generation_config
+            initialise(target, attention)
+    hybrid.generation_config = copy.deepcopy(model.generation_config)
     return hybrid.to(model.device).train(model.training)
 
 

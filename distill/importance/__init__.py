@@ -45,6 +45,7 @@ class Setup:
     mixer: MixerConfig
     seed: int
     kernels: str
+    dtype: str
     scratch: Path
     report: Callable[[int, dict[str, float]], None]
 

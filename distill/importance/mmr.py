@@ -44,7 +44,7 @@ def score(setup: Setup) -> dict[str, Any]:
             DistillTrainer,
             model,
             setup.rows,
-            training_arguments(train, options.steps, scratch, setup.seed),
+            training_arguments(train, options.steps, scratch, setup.seed, setup.dtype),
             title=f"mmr block {block} ({number}/{len(setup.blocks)})",
             log=None,
             teacher=setup.teacher,

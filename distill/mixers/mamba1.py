@@ -132,7 +132,7 @@ class Mixer(nn.Module):
         x, b = self._expand(x).flatten(-2), self._expand(b)
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
-        a = -torch.exp(self.A_log.float())
+        a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         conv_state = scan_state = None

@@ -63,7 +63,7 @@ class Decoder:
     """Greedy decoding, a token at a time for a batch, from a cache filled with synthetic states.
 
     Args:
-        batch: sequences B. context: tokens already in the cache. spare: tokens that can follow.
+        batch: sequences B. context: tokens in the cache after a step, at least 1. spare: tokens that can follow.
     """
 
     def __init__(self, model: Any, batch: int, context: int, spare: int = 1) -> None:
@@ -74,7 +74,6 @@ class Decoder:
         self.step()
         if context > 1:
             self._fill(context - 1)
-        self.at_context = max(context, 1)
 
     @torch.no_grad()
     def _fill(self, filled: int) -> None:
@@ -96,7 +95,7 @@ class Decoder:
         """Seconds of one step at the context given; the context is the same at each call."""
         for layer in self.cache.layers:
             if isinstance(layer, InPlaceLayer):
-                layer.move_to(self.at_context - 1 if self.context > 1 else 1)
+                layer.move_to(self.context - 1)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began = time.perf_counter()

@@ -20,9 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from eval import figures
+from distill.errors import UserError
+from eval import drawing, figures
+from eval.page import NOT_MEASURED, aligned
+from eval.page import table as html_table
 from eval.pareto import loss_frame, on_frontier, read_run, stage_frame, throughput_frame
-from eval.report import NOT_MEASURED, missing, plots_of, summary, table, write_report
+from eval.report import TERMINAL, missing, plots_of, summary, table, table_rows, write_report
 
 BLOCKS = 10
 TASKS = {"add": "generative", "recall": "generative", "chase": "generative", "embedded_choice": "multiple_choice"}
@@ -82,8 +85,8 @@ def build_run(path: Path, stages: dict[int, Any] | None = None, steps: int = 200
     """A synthetic run folder of a 10-block teacher with schedule 5, 7, of which `stages` are done."""
     rng = random.Random(7)
     path.mkdir(parents=True)
-    distill = {"loss": "reverse_kl", "temperature": 1.0, "steps": steps}
-    config = {"name": "demo", "teacher": "embedded", "schedule": [5, 7], "mixer": "mamba1", "distill": distill}
+    train = {"loss": "reverse_kl", "temperature": 1.0, "steps": steps}
+    config = {"name": "demo", "teacher": "embedded", "schedule": [5, 7], "mixer": {"name": "mamba1"}, "train": train}
     (path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     write_json(path / "teacher" / "measure.json", measure("teacher", 0, 0, 0.985, 1.0))
     mixers = ["attention"] * BLOCKS
@@ -134,7 +137,8 @@ def partial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage = run / "stages" / "02-H1-7"
     shutil.rmtree(stage / "measure")
     (stage / "train" / "train.json").unlink()
-    log = stage / "train" / "log.jsonl"
+    (stage / "train").rename(stage / "train.partial")
+    log = stage / "train.partial" / "log.jsonl"
     log.write_text(log.read_text()[:5000])
     write_report(run)
     return run
@@ -277,7 +281,7 @@ def test_same_records_same_page(full: Path) -> None:
     assert len(plots) == 2
     for plot in plots:
         assert plot.draw is not None
-        assert figures.svg(plot.draw(figures.WIDE), f"{plot.name}-wide") in page(full)
+        assert drawing.svg(plot.draw(drawing.WIDE), f"{plot.name}-wide") in page(full)
 
 
 def test_csv(full: Path) -> None:
@@ -322,7 +326,9 @@ def test_a_stage_cut_short(partial: Path) -> None:
     assert line in page(partial)
     *_, row = re.findall("<tr>.*?</tr>", page(partial))
     cells = re.findall("<td.*?>(.*?)</td>", row)
-    assert cells == [NOT_MEASURED] * (len(TASKS) + 6)
+    assert cells == [NOT_MEASURED] * (len(TASKS) + 5)
+    partial_log = loss_frame(read_run(partial))
+    assert set(partial_log["model"]) == {"H1-5/10", "H1-7/10"}
 
 
 @pytest.mark.parametrize("step", ["score", "place", "train", "measure"])
@@ -331,7 +337,7 @@ def test_any_step_may_be_missing(tmp_path: Path, step: str) -> None:
     shutil.rmtree(run / "stages" / "01-H1-5" / step)
     shutil.rmtree(run / "teacher")
     records = read_run(run)
-    drawn = [plot.name for plot in plots_of(records, stage_frame(records)) if plot.draw and plot.draw(figures.WIDE)]
+    drawn = [plot.name for plot in plots_of(records, stage_frame(records)) if plot.draw and plot.draw(drawing.WIDE)]
     assert set(FIGURES) - set(drawn) <= {"importance-01", "pareto"}
     lines = missing(records)
     assert lines[0].startswith("the teacher") and lines[1].endswith(f"lacks {step}")
@@ -345,13 +351,66 @@ def test_an_empty_run(tmp_path: Path) -> None:
     assert not list((tmp_path / "report").glob("*.png"))
 
 
-def test_no_run_folder_and_broken_records_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a run folder"):
-        read_run(tmp_path / "nowhere")
+def test_steps_planned_by_stage(partial: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(partial, tmp_path / "run")
+    (run / "run.yaml").write_text("schedule: [5, 7]\ntrain: {steps: 1, steps_by_stage: [200, 4000]}\n")
+    assert "of 4,000)" in missing(read_run(run))[0]
+
+
+def test_a_moved_run_gives_the_same_report(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = page(full)
+    moved = shutil.copytree(full, tmp_path / "elsewhere" / "moved")
+    shutil.rmtree(moved / "report")
+    assert write_report(moved) == moved / "report" / "report.html"
+    assert page(moved) == before
+    (moved / "run.yaml").unlink()
+    monkeypatch.chdir(moved)
+    write_report(Path("."))
+    assert "<h1>moved</h1>" in page(moved)
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"{folder} holds no records of a run"):
+            write_report(folder)
+        with pytest.raises(UserError, match="holds no records"):
+            table(folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("teacher/measure.json", "{", r"measure\.json cannot be read: .*; remove .*teacher and run its step again"),
+        ("teacher/measure.json", "[]", "it holds a list instead of an object"),
+        ("teacher/measure.json", '{"accuracy": [], "throughput": 3}', "no list 'throughput'"),
+        ("teacher/measure.json", '{"accuracy": [{"task": "a"}], "throughput": []}', "'accuracy' without task and kind"),
+        ("stages/01-H1-5/score/scores.json", '{"scorer": "loo"}', "no list 'blocks'"),
+        ("stages/01-H1-5/place/placement.json", '{"mixers": []}', "no list 'added'"),
+        ("stages/01-H1-5/train/log.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is not a JSON object"),
+        ("stages/01-H1-5/train/log.jsonl", '{"step": 1}\n7\n{"step": 3}\n', "line 2 is not a JSON object"),
+        ("run.yaml", "a: [", r"run\.yaml cannot be read"),
+        ("run.yaml", "[1]", "holds a list, expected a mapping"),
+    ],
+)
+def test_broken_records_are_named(tmp_path: Path, file: str, text: str, message: str) -> None:
     run = build_run(tmp_path / "run", steps=3)
-    (run / "teacher" / "measure.json").write_text("{")
-    with pytest.raises(ValueError, match=r"measure\.json is not valid JSON"):
-        read_run(run)
+    (run / file).write_text(text)
+    with pytest.raises(UserError, match=message):
+        write_report(run)
+    assert not (run / "report").exists()
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", stages={})
+    (run / "report").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot write to .*report"):
+        write_report(run)
+
+
+def test_a_report_leaves_no_temporary_files(full: Path) -> None:
+    names = {"report.html", "stages.csv", *(f"{name}.png" for name in FIGURES)}
+    assert {file.name for file in (full / "report").iterdir()} == names
 
 
 # ---- words and numbers
@@ -377,15 +436,65 @@ def test_summary_without_speed(tmp_path: Path) -> None:
     assert "no speed has been measured" in summary(read_run(run), stage_frame(read_run(run)))
 
 
-def test_table(full: Path, partial: Path) -> None:
-    text = table(full)
-    accuracy, cost = text.split("\n\n")
-    assert [line.split()[0] for line in accuracy.splitlines()] == ["model", "-------", "teacher", "H1-5/10", "H1-7/10"]
-    assert cost.splitlines()[3].split() == ["H1-5/10", "11,616", "1.43\u00d7", "0.82M", "2.3"]
-    assert "96.5 \u00b1 1.7" in accuracy
-    for block in (accuracy, cost):
-        assert len({len(line) for line in block.splitlines()}) == 1
+def test_table_is_one_block_where_it_fits(full: Path, partial: Path) -> None:
+    lines = table(full).splitlines()
+    assert max(map(len, lines)) <= TERMINAL
+    rule = next(i for i, line in enumerate(lines) if line.startswith("-----"))
+    assert [line.split()[0] for line in lines[rule + 1 :]] == ["teacher", "H1-5/10", "H1-7/10"]
+    assert len({len(line) for line in lines[rule:]}) == 1
+    assert lines[rule + 2].split()[-4:] == ["11,616", "1.43\u00d7", "0.82M", "2.3"]
+    assert lines[rule + 2].split()[1] == "96.5\u00b11.7"
     assert " 0 " not in table(partial) and NOT_MEASURED in table(partial)
+
+
+def with_tasks(run: Path, tasks: dict[str, str], stderr: float = 0.0) -> Path:
+    """The run with other tasks, each at 100%: the widest value."""
+    rows = [{"task": t, "kind": k, "metric": "acc", "value": 1.0, "stderr": stderr, "n": 9} for t, k in tasks.items()]
+    for file in run.rglob("measure.json"):
+        edit(file, accuracy=rows)
+    return run
+
+
+FAMILIES = dict.fromkeys(["add", "mod", "chase", "recall", "sort"], "generative")
+
+
+def test_the_demos_table_fits_the_terminal(tmp_path: Path) -> None:
+    run = with_tasks(build_run(tmp_path / "run", steps=3), {**FAMILIES, "embedded_choice": "multiple_choice"})
+    assert "\n\n" not in table(run) and max(map(len, table(run).splitlines())) <= TERMINAL
+
+
+def test_a_wide_table_is_cut_in_two(tmp_path: Path) -> None:
+    more = {f"task_{i}": "multiple_choice" for i in range(4)}
+    text = table(with_tasks(build_run(tmp_path / "run", steps=3), FAMILIES | more))
+    accuracy, cost = text.split("\n\n")
+    assert "100.0\u00b10.0" in accuracy and "tokens/s" not in accuracy
+    assert cost.splitlines()[-1].split() == ["H1-7/10", "13,890", "1.71\u00d7", "1,200", "2.3"]
+
+
+def test_a_mean_of_one_task_has_no_column(full: Path, tmp_path: Path) -> None:
+    header = table_rows(stage_frame(read_run(full)), TASKS)[0]
+    assert "mean generative" in header and "mean choice" not in header
+    tasks = {"a": "generative", "b": "multiple_choice", "c": "multiple_choice"}
+    run = read_run(with_tasks(build_run(tmp_path / "run", steps=3), tasks))
+    header = table_rows(stage_frame(run), tasks)[0]
+    assert "mean choice" in header and "mean generative" not in header
+
+
+def test_headers_break_at_words() -> None:
+    text = aligned([["model", "embedded_choice", "vs teacher"], ["teacher", "97.0", "1.00x"]])
+    assert text.splitlines() == [
+        "         embedded_       vs",
+        "model       choice  teacher",
+        "-------  ---------  -------",
+        "teacher       97.0    1.00x",
+    ]
+
+
+def test_standard_errors_stand_on_a_line_of_their_own() -> None:
+    html = html_table([["model", "a_b"], ["x", "97.0\u00b11.2"], ["y", NOT_MEASURED]], [True, False], "it's")
+    assert "<td>97.0<small>\u00b1 1.2</small></td>" in html and "a_<wbr>b" in html
+    assert f'<td class="missing">{NOT_MEASURED}</td>' in html
+    assert html.count("on the Pareto frontier") == 1
 
 
 @pytest.mark.parametrize(
@@ -393,13 +502,13 @@ def test_table(full: Path, partial: Path) -> None:
     [(640, "640"), (12_345, "12.3K"), (819_200, "0.82M"), (1_638_400, "1.64M"), (55.9e9, "55.9B"), (0, "0")],
 )
 def test_count(tokens: float, text: str) -> None:
-    assert figures.count(tokens) == text
+    assert drawing.count(tokens) == text
 
 
 # ---- drawing
 
 
-@pytest.mark.parametrize("width", [figures.WIDE, figures.NARROW])
+@pytest.mark.parametrize("width", [drawing.WIDE, drawing.NARROW])
 @pytest.mark.parametrize("crowd", [[0.96, 0.955, 0.93, 0.9, 0.86, 0.83], [0.98, 0.98, 0.7, 0.9, 0.6, 0.95]])
 def test_labels_of_the_pareto_plot_stand_free(width: float, crowd: list[float]) -> None:
     speeds = [12_591, 13_159, 14_459, 16_652, 18_683, 21_120]
@@ -426,13 +535,13 @@ def text_boxes(figure: Figure) -> list[Any]:
 
 @given(st.lists(st.floats(0, 1), max_size=9))
 def test_spread_keeps_order_and_gap(wanted: list[float]) -> None:
-    at = figures._spread(sorted(wanted), 0.1)
+    at = drawing.spread(sorted(wanted), 0.1)
     assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(at))
     assert all(-1e-9 <= position <= 1 + 1e-9 for position in at)
 
 
 def test_mixers_keep_their_colours() -> None:
-    colours = figures.mixer_colours(["mamba2", "mamba1", "zeta", "eta"])
-    assert colours["mamba1"] == figures.mixer_colours([])["mamba1"]
+    colours = drawing.mixer_colours(["mamba2", "mamba1", "zeta", "eta"])
+    assert colours["mamba1"] == drawing.mixer_colours([])["mamba1"]
     assert len(set(colours.values())) == len(colours)
-    assert figures.model_colours(["teacher", "a", "b"])["teacher"] == figures.INK
+    assert drawing.model_colours(["teacher", "a", "b"])["teacher"] == drawing.INK

@@ -48,6 +48,7 @@ def make_setup(model: Any, blocks: list[int], tmp_path: Path, report: Callable[.
         mixer=MixerConfig(),
         seed=0,
         kernels="auto",
+        dtype="float32",
         scratch=tmp_path,
         report=report,
     )

@@ -43,6 +43,7 @@ def setup(llama: Any, traces: Callable[..., Any], tmp_path: Path) -> Setup:
         mixer=MixerConfig(),
         seed=7,
         kernels="auto",
+        dtype="float32",
         scratch=tmp_path / "scratch",
         report=lambda block, row: None,
     )
