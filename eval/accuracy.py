@@ -89,22 +89,42 @@ def evaluate(
                 verbosity="ERROR",
             )
         assert results is not None
-        for task, figures in results["results"].items():
-            metric, value = _main_metric(figures)
-            if metric is None:  # a group's header without a metric of its own
-                continue
-            count = results["n-samples"][task]["effective"]
-            rows.append(
-                {
-                    "task": task.removeprefix("embedded_") if kind == "generative" else task,
-                    "kind": kind,
-                    "metric": metric,
-                    "value": value,
-                    "stderr": (value * (1 - value) / count) ** 0.5,
-                    "n": count,
-                }
-            )
+        rows += rows_of(results, kind)
     return rows
+
+
+def rows_of(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Rows of lm-eval's results: a group that has a figure of its own stands for all its tasks."""
+    parts = results.get("group_subtasks", {})
+    covered = {
+        task
+        for group in parts
+        if _main_metric(results["results"].get(group, {}))[0]
+        for task in _descendants(parts, group)
+    }
+    rows: list[dict[str, Any]] = []
+    for task, figures in results["results"].items():
+        metric, value = _main_metric(figures)
+        if metric is None or task in covered:  # a mere heading, or already in its group's figure
+            continue
+        leaves = [each for each in _descendants(parts, task) if not parts.get(each)] or [task]
+        count = sum(results["n-samples"][leaf]["effective"] for leaf in leaves)
+        rows.append(
+            {
+                "task": task.removeprefix("embedded_") if kind == "generative" else task,
+                "kind": kind,
+                "metric": metric,
+                "value": value,
+                "stderr": (value * (1 - value) / count) ** 0.5,
+                "n": count,
+            }
+        )
+    return rows
+
+
+def _descendants(parts: dict[str, list[str]], task: str) -> list[str]:
+    """All tasks and groups below a group."""
+    return [each for child in parts.get(task, []) for each in (child, *_descendants(parts, child))]
 
 
 def _main_metric(figures: dict[str, Any]) -> tuple[str | None, float]:

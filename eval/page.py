@@ -134,7 +134,7 @@ MMR = (
 TABLE = (
     "Accuracies in per cent, ± one standard error; a mean stands where all its tasks were measured. ● is "
     "on the Pareto frontier. Tokens/s: output tokens{protocol}; vs teacher: against the teacher timed in "
-    "the same run. Tokens count along the lineage, minutes are those of the stage's own training. From the "
+    "the same run. Tokens count along the lineage; min: minutes of the stage's own training. From the "
     "steps <code>measure</code> and <code>train</code>; in full precision in stages.csv."
 )
 

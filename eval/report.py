@@ -96,7 +96,7 @@ def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
     """
     kinds = {"generative": "mean generative", "multiple_choice": "mean choice"}
     kinds = {kind: title for kind, title in kinds.items() if list(tasks.values()).count(kind) > 1}
-    header = ["model", *tasks, *kinds.values(), "tokens/s", "vs teacher", "tokens", "minutes"]
+    header = ["model", *tasks, *kinds.values(), "tokens/s", "vs teacher", "tokens", "min"]
     rows = [header]
     for _, row in frame.iterrows():
         teacher = row["stage"] == 0
@@ -192,7 +192,7 @@ def importance_plot(stage: Stage) -> Plot:
     caption, draw = "From the step <code>score</code>.", None
     if scorer == "loo":
         baseline = percent(number(scores, "baseline"), number(scores, "baseline_stderr"))
-        caption = page.LOO.format(baseline=baseline, **told) + caption
+        caption = page.LOO.format(baseline=baseline.replace(PLUS_MINUS, f" {PLUS_MINUS} "), **told) + caption
         draw = partial(figures.loo, stage)
     elif scorer == "mmr":
         caption = page.MMR.format(correlation=_rank_correlation(scores), **told) + caption

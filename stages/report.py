@@ -8,14 +8,16 @@ CONFIG or RUN, finished or not: what has not been measured says so. Writes ``rep
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from eval.report import table, write_report
-from stages.common import open_run, say
+from stages.common import say
+from stages.targets import read_config
 
 
 def main(args: argparse.Namespace) -> int:
-    context = open_run(args.target, args.overrides, write=False)
-    page = write_report(context.run_dir)
-    say(table(context.run_dir))
+    run = Path(read_config(args.target, args.overrides).run_dir)
+    page = write_report(run)
+    say(table(run))
     say(f"report: {page}")
     return 0

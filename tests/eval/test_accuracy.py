@@ -15,7 +15,7 @@ from distill.data import suite
 from distill.data.families import FAMILIES
 from distill.errors import UserError
 from eval import accuracy
-from eval.accuracy import evaluate, task_manager
+from eval.accuracy import evaluate, rows_of, task_manager
 
 LIMIT = 8
 
@@ -145,3 +145,25 @@ def test_unknown_task_among_all_of_lm_evals() -> None:
     assert {"gsm8k", "mmlu", "embedded_choice"} <= set(task_manager(["gsm8k"]).all_tasks)
     with pytest.raises(UserError, match="unknown task 'gsm8kk'.*did you mean 'gsm8k"):
         task_manager(["gsm8kk"])
+
+
+def test_a_group_with_a_figure_of_its_own_stands_for_its_tasks() -> None:
+    """As lm-eval gives MMLU: a group of groups, each with its accuracy, beside every subject."""
+    results = {
+        "group_subtasks": {"mmlu": ["stem", "arts"], "stem": ["maths", "physics"], "arts": ["music"], "gsm8k": []},
+        "results": {
+            "mmlu": {"acc,none": 0.5, "alias": "mmlu"},
+            "stem": {"acc,none": 0.4},
+            "arts": {"acc,none": 0.7},
+            "maths": {"acc,none": 0.3},
+            "physics": {"acc,none": 0.5},
+            "music": {"acc,none": 0.7},
+            "gsm8k": {"exact_match,strict-match": 0.9},
+            "heading": {"alias": "heading"},
+        },
+        "n-samples": {
+            name: {"effective": n} for name, n in (("maths", 10), ("physics", 20), ("music", 5), ("gsm8k", 7))
+        },
+    }
+    rows = {row["task"]: (row["metric"], row["value"], row["n"]) for row in rows_of(results, "multiple_choice")}
+    assert rows == {"mmlu": ("acc", 0.5, 35), "gsm8k": ("exact_match", 0.9, 7)}

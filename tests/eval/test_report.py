@@ -468,7 +468,7 @@ def test_a_wide_table_is_cut_in_two(tmp_path: Path) -> None:
     text = table(with_tasks(build_run(tmp_path / "run", steps=3), FAMILIES | more))
     accuracy, cost = text.split("\n\n")
     assert "100.0\u00b10.0" in accuracy and "tokens/s" not in accuracy
-    assert cost.splitlines()[-1].split() == ["H1-7/10", "13,890", "1.71\u00d7", "1,200", "2.3"]
+    assert cost.splitlines()[-1].split() == ["H1-7/10", "13,890", "1.71\u00d7", "24.6K", "2.3"]
 
 
 def test_a_mean_of_one_task_has_no_column(full: Path, tmp_path: Path) -> None:

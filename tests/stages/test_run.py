@@ -92,8 +92,7 @@ def test_run_writes_every_record_and_is_idempotent(config: Path, capsys: pytest.
     assert "steps: 3" in (run / "run.yaml").read_text()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
-    # a finished schedule is extended without redoing it
-    config.write_text(config.read_text().replace("num_hidden", "num_hidden"))
+    # with --force, the changed step and what follows are done again
     assert main(["run", str(config), "train.steps=4", "--force"]) == 0
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     swapped = first / "swap/checkpoint/model.safetensors"
@@ -124,3 +123,24 @@ def test_schedule_can_be_extended(config: Path, capsys: pytest.CaptureFixture[st
     assert main(["run", str(config), "schedule=[1,2]"]) == 0
     assert capsys.readouterr().out.count("is done already") == 5
     assert (config.parent / "run/stages/02-H1-2/measure/measure.json").is_file()
+
+
+def test_bfloat16_runs_on_float32_masters(config: Path) -> None:
+    assert main(["run", str(config), "dtype=bfloat16", "schedule=[1,2]"]) == 0
+    trained = load_file(config.parent / "run/stages/02-H1-2/train/checkpoint/model.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    swapped = load_file(config.parent / "run/stages/02-H1-2/swap/checkpoint/model.safetensors")
+    wide = {name for name, tensor in swapped.items() if tensor.dtype == torch.float32}
+    assert wide
+    assert all(name.endswith((".A_log", ".D")) for name in wide)
+
+
+def test_own_traces(config: Path) -> None:
+    """A user's JSONL in place of the embedded data."""
+    traces = config.parent / "traces.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"add {i}+1"}, {"role": "assistant", "content": str(i + 1)}]}
+        for i in range(200)
+    ]
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["run", str(config), f"data.source={traces}", "schedule=[1]"]) == 0
