@@ -20,7 +20,7 @@ lint: $(STAMP)
 
 teacher: $(STAMP)  ## train the embedded teacher again and put it in place (about two hours on 2 cores)
 	$(BIN)/distill pretrain teacher output=runs/teacher
-	mkdir -p distill/data/teacher && find runs/teacher -maxdepth 1 -type f -exec cp {} distill/data/teacher/ \;
+	mkdir -p distill/data/teacher && find runs/teacher -maxdepth 1 -type f -exec install -m 644 {} distill/data/teacher/ \;
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partialmethod
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ def task_manager(names: Sequence[str]) -> Any:
 def bars_on_a_terminal_only() -> Iterator[None]:
     """Within the context, progress bars are silent unless someone is there to see them."""
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=not sys.stderr.isatty())  # type: ignore[method-assign, assignment]
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "disable": kwargs.get("disable") or not sys.stderr.isatty()})
+
+    tqdm.__init__ = init  # type: ignore[method-assign]
     try:
         yield
     finally:
