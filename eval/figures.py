@@ -241,7 +241,9 @@ def _panels(frame: pd.DataFrame, value: str, units: Mapping[str, float], label: 
         axes.set_xscale("log", base=2)
         contexts = sorted(here["context"].unique())
         axes.set_xticks(contexts[:: math.ceil(len(contexts) / 7)])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:,.0f}K" if x % 1024 == 0 else f"{x:,.0f}"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{x / 1024:,.0f}K" if x % 1024 == 0 else f"{x:,.0f}")
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(bottom=0)
         axes.set_title(f"batch {batch}", color=INK, weight="bold")
