@@ -180,7 +180,7 @@ class RunConfig:
     threads: int = 0
     """CPU threads (0: one a core)."""
     dtype: str = "float32"
-    """``float32`` or ``bfloat16``: weights of student and teacher."""
+    """``float32`` or ``bfloat16``: the teacher, and what is computed in; the student trains on float32 weights."""
     kernels: str = "auto"
     """``auto``, ``reference`` or ``cpu``: the implementation of the scan."""
     mixer: MixerConfig = field(default_factory=MixerConfig)
@@ -249,7 +249,10 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
             merged = OmegaConf.merge(merged, layer)
         except (OmegaConfBaseException, TypeError) as error:
             place = getattr(error, "full_key", None)
-            raise UserError(f"{where}: {f'{place}: ' if place else ''}{str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            if "ListConfig" in reason:
+                reason = "expected a list, such as [5]"
+            raise UserError(f"{where}: {f'{place}: ' if place else ''}{reason}") from error
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

@@ -4,7 +4,7 @@ Legend: n = valid target tokens, V = vocabulary, E = hidden size, tau = temperat
 global batch. q = softmax(z_student / tau), p = softmax(z_teacher / tau), both in fp32 (fp64 for fp64 inputs).
 
 Each loss is a function of log-probabilities that returns the loss per token [n] and its gradient with respect to
-the student's tempered logits [n, V]; ``chunked_loss`` does the rest. No [tokens, V] tensor outlives its chunk.
+the student's tempered logits [n, V]; ``distillation_loss`` does the rest. No [tokens, V] tensor outlives its chunk.
 """
 
 from __future__ import annotations

@@ -54,9 +54,14 @@ def load_model(name: str, dtype: str = "float32", *, convertible: bool = True) -
     load_config(name, convertible=convertible)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=DTYPES[dtype], use_safetensors=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # torch, safetensors and hub errors share no base; each means it cannot be loaded
         raise UserError(f"cannot load the weights of '{name}': {str(error).splitlines()[0]}") from error
+    wrong = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in found[kind])
+    if wrong:
+        raise UserError(f"the weights of '{name}' are not those of its config: {len(wrong)} wrong, such as {wrong[0]}")
     return model.to(device).eval()
 
 

@@ -18,7 +18,6 @@ import transformers
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from distill.config import TrainConfig
 from distill.data.pack import IGNORE, collate
@@ -44,8 +43,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.began, self.first, self.shown = time.monotonic(), state.global_step, 0.0
         if self.log is not None and self.log.exists():  # a resumed run drops lines past its checkpoint
-            lines = self.log.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            kept = [line for line in self.log.read_text().splitlines() if step_of(line) <= state.global_step]
             self.log.write_text("".join(line + "\n" for line in kept))
         if self.terminal:
             self.bar = tqdm(total=self.steps, initial=self.first, desc=self.title, unit="step", dynamic_ncols=True)
@@ -81,6 +79,27 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def step_of(line: str) -> float:
+    """The step of a log line; infinity for a torn one, which is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end (Trainer writes ``trainer_state.json`` last)."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logging.getLogger(__name__).warning("%s was cut short: an earlier one is taken", path)
+            continue
+        return str(path)
+    return None
 
 
 def append_line(path: Path, event: dict[str, Any]) -> None:
@@ -165,8 +184,7 @@ def fit(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     assert isinstance(rows, Sized) and len(rows) >= arguments.max_steps * rows_per_step, "too few rows"
-    folder = Path(str(arguments.output_dir))
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = newest_checkpoint(Path(str(arguments.output_dir)))
     if checkpoint:
         logging.getLogger(__name__).info("continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

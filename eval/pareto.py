@@ -75,13 +75,14 @@ def read_run(path: Path) -> Run:
     path = path.resolve()  # "." has no name
     config = _read_config(path / "run.yaml")
     teacher = _read_record(path / "teacher" / "measure.json", "measure")
-    folders = {
-        int(folder.name.split("-")[0]): folder
-        for folder in (path / "stages").glob("[0-9]*-*")
-        if folder.is_dir() and folder.name.split("-")[0].isdigit()
-    }
     schedule = config.get("schedule")
     planned = dict(enumerate(schedule if isinstance(schedule, list) else [], start=1))
+    scheduled = {f"{index:02d}-H1-{replaced}" for index, replaced in planned.items()}
+    folders = {
+        int(folder.name.split("-")[0]): folder
+        for folder in sorted((path / "stages").glob("[0-9]*-*"), key=lambda folder: folder.name in scheduled)
+        if folder.is_dir() and folder.name.split("-")[0].isdigit()
+    }  # where the schedule was changed, the folder that it names now wins
     suffix = f"/{teacher['num_blocks']}" if teacher and teacher.get("num_blocks") else ""
     stages = []
     for index in sorted(folders.keys() | planned.keys()):

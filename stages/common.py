@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from distill.config import RunConfig, dump_config
-from distill.data.traces import check_source, load_rows
+from distill.config import RunConfig, dump_config, load_config
+from distill.data.traces import EMBEDDED, check_source, load_rows
 from distill.errors import UserError
 from distill.hybrid.surgery import hybrid_config
 from distill.placement import ATTENTION, parse_name, replace
@@ -50,7 +50,9 @@ class Context:
     stages: list[Stage]
     threads: int
     teacher: str
-    """What the teacher is, for fingerprints: its config, and its files' names, sizes and first bytes."""
+    """What the teacher is, for fingerprints: its config, and the contents of its files."""
+    data: str
+    """What the data file holds, for fingerprints."""
 
     def folder(self, stage: Stage, step: str) -> Path:
         """Where a step of a stage writes."""
@@ -73,15 +75,17 @@ class Context:
 
     def seed(self, stage: Stage, purpose: int) -> int:
         """A seed for one purpose within one stage: no two share data or dropout."""
-        return self.config.seed * 1000 + stage.index * 10 + purpose
+        return (self.config.seed * 1000 + stage.index * 10 + purpose) % 2**32
 
     def steps(self) -> list[Step]:
         """Every step of the run in order, each with the inputs that it depends on."""
         config = self.config
-        base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype, "threads": self.threads}
+        base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
+        trained_on = {"threads": self.threads, "kernels": config.kernels}
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps"):
             train.pop(key)
+        data["content"] = self.data
         measure = asdict(config.measure)
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         previous: dict[str, str] = {}
@@ -89,10 +93,10 @@ class Context:
             score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
             inputs = {
-                "score": {**base, "score": score, **trained, "kernels": config.kernels},
+                "score": {**base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name},
                 "swap": {**base, "mixer": mixer},
-                "train": {**base, "steps": stage.steps, "train": train, "data": data, "kernels": config.kernels},
+                "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
             }
             after = dict(previous)
@@ -113,9 +117,12 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
     With ``write`` the resolved config goes to ``run.yaml``. Steps that were finished with other inputs are
-    refused, or (``force``) forgotten together with all that follows them.
+    refused, or (``force``) forgotten together with all that depends on them.
     """
     config = read_config(target, overrides)
+    existing = Path(config.run_dir).expanduser() / "run.yaml"
+    if not config.threads and existing.is_file():  # a run keeps its number of threads on another machine
+        config.threads = load_config(RunConfig, existing).threads
     threads = set_threads(config.threads)
     model = load_model_config(config.teacher)
     stages = build_schedule(config, model.num_hidden_layers)
@@ -124,18 +131,22 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     if write:
         check_source(config.data.source, config.data.mix)
         task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
-    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, identity(config.teacher, model))
+    config.threads = threads
+    teacher, data = identity(config.teacher, model), data_identity(config.data.source)
+    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data)
     if write:
-        stale = False
-        for step in context.steps():
+        steps = context.steps()
+        stale: set[str] = set()
+        for step in steps:
+            if step.name in dependents(steps, stale):
+                continue
             try:
                 step.check()
             except UserError:
                 if not force:
                     raise
-                stale = True
-            if stale:
-                step.forget()
+                stale.add(step.name)
+        forget(steps, stale)
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(context.run_dir / "run.yaml", dump_config(config))
@@ -144,15 +155,53 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     return context
 
 
+def dependents(steps: list[Step], names: set[str]) -> set[str]:
+    """``names`` and every step that depends on one of them, directly or not."""
+    found = set(names)
+    for step in steps:  # in order, so that one pass reaches everything
+        if found & step.after.keys():
+            found.add(step.name)
+    return found
+
+
+def forget(steps: list[Step], names: set[str]) -> None:
+    """Remove what the steps ``names``, and all that depend on them, have written."""
+    gone = dependents(steps, names)
+    for step in steps:
+        if step.name in gone:
+            step.forget()
+
+
+def content(path: Path) -> str:
+    """A hash of a file: all of it, or for a large one 64 blocks of 1 MiB spread over it, and its size."""
+    size, block = path.stat().st_size, 1 << 20
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= 64 * block:
+            digest.update(file.read())
+        else:
+            for part in range(64):
+                file.seek(part * (size - block) // 63)
+                digest.update(file.read(block))
+    return digest.hexdigest()[:16]
+
+
 def identity(name: str, config: Any) -> str:
-    """A fingerprint of a model: its config, and its weight files' names, sizes and first MiB."""
-    files = []
+    """A fingerprint of a model: its config, weights and tokenizer; of one on the hub, its revision."""
+    keys = json.loads(config.to_json_string())
+    keys.pop("transformers_version", None)
     folder = Path(resolve(name))
-    if folder.is_dir():
-        for path in sorted(folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                files.append([path.name, path.stat().st_size, hashlib.sha256(file.read(1 << 20)).hexdigest()])
-    return fingerprint([json.loads(config.to_json_string()), files])
+    if not folder.is_dir():
+        return fingerprint([keys, getattr(config, "_commit_hash", None)])
+    files = [path for kind in ("*.safetensors", "*.json", "*.jinja", "*.model") for path in folder.glob(kind)]
+    skipped = ("config.json", "model.safetensors.index.json", "scores.json")
+    return fingerprint([keys, [[path.name, content(path)] for path in sorted(files) if path.name not in skipped]])
+
+
+def data_identity(source: str) -> str:
+    """A fingerprint of the data file; the embedded data follow from the seed."""
+    path = Path(source).expanduser()
+    return content(path) if source != EMBEDDED and path.is_file() else source
 
 
 def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
@@ -163,9 +212,9 @@ def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
         return context.stages[int(name) - 1]
     names = {stage.name: stage for stage in context.stages}
     if not name.isdigit():
-        replaced, _ = parse_name(name)
+        replaced, blocks = parse_name(name)
         for stage in context.stages:
-            if stage.replaced == replaced:
+            if stage.replaced == replaced and blocks in (None, stage.num_blocks):
                 return stage
     raise UserError(f"no stage '{name}'; this run has {', '.join(names)} (or 1 to {len(names)})")
 
@@ -182,14 +231,12 @@ def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, 
     context = open_run(args.target, args.overrides, force=args.force)
     stage = find_stage(context, args.stage, step)
     if stage is None:
+        if args.force:
+            raise UserError(f"{step} is done in every stage: --force needs --stage to say which to redo")
         say(f"{step} is done in every stage of {context.run_dir}")
         return 0
     if args.force:
-        forgetting = False
-        for each in context.steps():
-            forgetting = forgetting or each.name == f"{stage.folder}/{step}"
-            if forgetting:
-                each.forget()
+        forget(context.steps(), {f"{stage.folder}/{step}"})
     if not perform(context, stage):
         say(f"{stage.name}: {step} is done already")
     return 0

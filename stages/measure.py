@@ -31,8 +31,8 @@ def run_teacher(context: Context) -> bool:
 
 def run_stage(context: Context, stage: Stage) -> bool:
     """Measure the hybrid of one stage; returns whether there was anything to do."""
-    run_teacher(context)
     need(context.checkpoint(stage), "train")
+    run_teacher(context)
     return context.step(stage, "measure").perform(lambda folder: measure(context, stage, folder))
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from distill.config import RunConfig
+from distill.errors import UserError
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, hybrid_config
 from distill.mixers import ATTENTION
@@ -52,7 +53,10 @@ def teacher_config(config: RunConfig) -> Any:
     if not config.teacher_config:
         return load_model_config(config.teacher)
     keys = dict(config.teacher_config)
-    result = AutoConfig.for_model(keys.pop("model_type", "llama"), **keys)
+    try:
+        result = AutoConfig.for_model(keys.pop("model_type", "llama"), **keys)
+    except Exception as error:  # transformers' validators raise errors of many kinds; each means a bad key
+        raise UserError(f"teacher_config is no model config: {' '.join(str(error).split())[:200]}") from error
     check_convertible(result)
     return result
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from distill.config import PretrainConfig, dump_config, load_config
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.data.traces import load_rows
+from distill.errors import UserError
 from distill.records import write_json, write_text
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
@@ -36,6 +37,10 @@ def pretrain(config: PretrainConfig) -> Path:
     set_seed(config.seed)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    recipe = output / "recipe.yaml"
+    if recipe.is_file() and recipe.read_text() != dump_config(config):
+        raise UserError(f"{recipe} is another recipe: choose another output, or remove {output}")
+    write_text(recipe, dump_config(config))
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
@@ -54,7 +59,6 @@ def pretrain(config: PretrainConfig) -> Path:
     fit(LanguageTrainer, model, rows, arguments, title="pretrain", log=output / "log.jsonl")
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    write_text(output / "recipe.yaml", dump_config(config))
     scores = accuracy.evaluate(
         model.float().eval(), tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100
     )

@@ -16,7 +16,7 @@ from stages.targets import read_config
 
 
 def main(args: argparse.Namespace) -> int:
-    run = Path(read_config(args.target, args.overrides).run_dir)
+    run = Path(read_config(args.target, args.overrides).run_dir).expanduser()
     page = write_report(run)
     say(table(run))
     say(f"report: {page}")

@@ -64,7 +64,7 @@ def batch_script(slurm: SlurmConfig, job: Job, run_dir: str) -> str:
     nodes = slurm.nodes if job.step == "train" else 1
     gpus = 0 if small else slurm.gpus_per_node if job.step == "train" else min(slurm.gpus_per_node, 1)
     lines = ["#!/bin/bash", f"#SBATCH --job-name={job.name}", f"#SBATCH --nodes={nodes}", "#SBATCH --ntasks-per-node=1"]
-    lines += [f"#SBATCH --cpus-per-task={1 if small else slurm.cpus_per_task}"]
+    lines += [f"#SBATCH --cpus-per-task={slurm.cpus_per_task}"]
     lines += [f"#SBATCH --gpus-per-node={gpus}"] if gpus else []
     lines += [f"#SBATCH --mem={'8G' if small else slurm.memory}", f"#SBATCH --time={slurm.time}"]
     lines += [f"#SBATCH --partition={slurm.partition}"] if slurm.partition else []

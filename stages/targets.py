@@ -41,7 +41,9 @@ def read_config(target: str, overrides: list[str]) -> RunConfig:
     if folder.is_dir():
         if not (folder / "run.yaml").is_file():
             raise UserError(f"{target} is no run folder: it has no run.yaml")
-        config = load_config(RunConfig, folder / "run.yaml", [f"run_dir={folder}", *overrides])
+        config = load_config(RunConfig, folder / "run.yaml", overrides)
+        if not any(text.startswith("run_dir=") for text in overrides):
+            config.run_dir = str(folder)
     else:
         config = load_config(RunConfig, config_path(target), overrides)
     check(config)
@@ -67,6 +69,7 @@ def check(config: RunConfig) -> None:
         "train.temperature": train.temperature,
         "train.learning_rate": train.learning_rate,
         "train.eval_rows": train.eval_rows,
+        "plan.utilisation": config.plan.utilisation,
         "score.mmr.steps": config.score.mmr.steps,
         "score.mmr.heldout_tokens": config.score.mmr.heldout_tokens,
         "measure.batch_size": config.measure.batch_size,
@@ -76,6 +79,7 @@ def check(config: RunConfig) -> None:
         **{f"measure.throughput.contexts[{i}]": c for i, c in enumerate(throughput.contexts)},
     }
     at_least_0 = {
+        "seed": config.seed,
         "threads": config.threads,
         "train.warmup_steps": train.warmup_steps,
         "train.save_steps": train.save_steps,

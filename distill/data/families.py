@@ -137,7 +137,7 @@ def draw(family: str, rng: random.Random, *, held_out: bool) -> Example:
 
 def corrupt(example: Example, rng: random.Random) -> str:
     """A wrong completion of the same form: one symbol of the trace changed for another of its kind, and
-    an answer that goes with it where the answer repeats that symbol; otherwise a wrong answer digit."""
+    the answer that its last step then states (of ``add``, where every step counts, the right answer stays)."""
     places = [i for i, c in enumerate(example.trace) if c in LETTERS + DIGITS]
     place = rng.choice(places)
     kind = LETTERS if example.trace[place] in LETTERS else DIGITS

@@ -123,10 +123,10 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, mask: str) ->
     wholes: list[str] = []
     end = tokenizer.eos_token or ""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

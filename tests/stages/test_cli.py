@@ -19,8 +19,13 @@ MISTAKES = [
     (["run", "{tmp}"], "is no run folder"),
     ([*RUN, "schedul=[5]"], "did you mean 'schedule'"),
     ([*RUN, "schedule=[1,"], "cannot be read"),
-    ([*RUN, "name=${{foo}}"], "foo"),
+    ([*RUN, "name=${foo}"], "foo"),
     ([*RUN, "data.mix=[1]"], "'data.mix=[1]'"),
+    ([*RUN, "seed=-1"], "seed=-1 must be at least 0"),
+    ([*RUN, "schedule=5"], "expected a list, such as [5]"),
+    (["plan", "demo", "plan.utilisation=0"], "plan.utilisation=0.0 must be above 0"),
+    (["plan", "demo", "teacher_config={head_dim: abc}"], "teacher_config is no model config"),
+    (["run", "demo", "--force", "train.stesp=5"], "did you mean 'steps'"),
     ([*RUN, "threads=-1"], "threads=-1 must be at least 0"),
     ([*RUN, "train.learning_rate=nan"], "train.learning_rate=nan must be above 0"),
     ([*RUN, "train.beta2=2"], "must be in [0, 1)"),
@@ -72,7 +77,7 @@ def test_a_mistake_is_one_clear_message(
     for name, config in (("bert", {"model_type": "bert"}), ("sliding", {"model_type": "mistral", "sliding_window": 8})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    assert main([part.format(tmp=tmp_path) for part in command]) == 2
+    assert main([part.replace("{tmp}", str(tmp_path)) for part in command]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith(f"distill {command[0]}: ")

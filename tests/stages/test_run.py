@@ -144,3 +144,41 @@ def test_own_traces(config: Path) -> None:
     ]
     traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["run", str(config), f"data.source={traces}", "schedule=[1]"]) == 0
+
+
+def test_force_redoes_only_what_depends_on_the_change(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(config)]) == 0
+    run = config.parent / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert main(["measure", str(run), "--stage", "1"]) == 0
+    assert main(["measure", str(run), "measure.limit=1", "--force", "--stage", "1"]) == 0
+    assert main(["measure", str(run), "--stage", "2", "--force", "measure.limit=1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    assert main(["score", str(run), "--force"]) == 2
+    assert "--force needs --stage" in capsys.readouterr().err
+
+
+def test_changed_data_or_teacher_is_noticed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = config.parent / "traces.jsonl"
+    traces.write_text(
+        "".join(json.dumps({"prompt": f"add {i}+1", "completion": f" {i + 1}"}) + "\n" for i in range(99))
+    )
+    command = ["train", str(config), f"data.source={traces}", "schedule=[1]"]
+    assert main(["run", *command[1:]]) == 0
+    traces.write_text(traces.read_text().replace("add", "sort"))
+    assert main(command) == 2
+    assert "data.content" in capsys.readouterr().err
+    template = config.parent / "teacher/chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert main(command) == 2
+    assert "teacher:" in capsys.readouterr().err
+
+
+def test_weights_that_miss_a_block_are_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import save_file
+
+    path = config.parent / "teacher/model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.2." not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    assert main(["run", str(config)]) == 2
+    assert "are not those of its config" in capsys.readouterr().err
