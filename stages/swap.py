@@ -31,7 +31,8 @@ def swap(context: Context, stage: Stage, folder: Path) -> None:
     config = context.config
     begin(context, stage, 2)
     placement = read_json(context.folder(stage, "place") / "placement.json")
-    model = load_model(context.before(stage), config.dtype)
+    dtype = "float32" if stage.index else config.dtype  # what has been trained keeps its float32 weights
+    model = load_model(context.before(stage), dtype)
     hybrid = hybridize(model, placement["mixers"], config.mixer, seed=config.seed)
     hybrid.save_pretrained(folder / "checkpoint")
     load_tokenizer(config.teacher).save_pretrained(folder / "checkpoint")

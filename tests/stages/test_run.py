@@ -129,7 +129,9 @@ def test_bfloat16_runs_on_float32_masters(config: Path) -> None:
     assert main(["run", str(config), "dtype=bfloat16", "schedule=[1,2]"]) == 0
     trained = load_file(config.parent / "run/stages/02-H1-2/train/checkpoint/model.safetensors")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
-    swapped = load_file(config.parent / "run/stages/02-H1-2/swap/checkpoint/model.safetensors")
+    carried = load_file(config.parent / "run/stages/02-H1-2/swap/checkpoint/model.safetensors")
+    assert {tensor.dtype for tensor in carried.values()} == {torch.float32}, "trained weights are not rounded"
+    swapped = load_file(config.parent / "run/stages/01-H1-1/swap/checkpoint/model.safetensors")
     wide = {name for name, tensor in swapped.items() if tensor.dtype == torch.float32}
     assert wide
     assert all(name.endswith((".A_log", ".D")) for name in wide)
