@@ -39,7 +39,7 @@ class TrainConfig:
     """How a model is trained (AdamW, warm-up, then linear decay)."""
 
     loss: str = "reverse_kl"
-    """``reverse_kl``, ``forward_kl``, ``jsd`` or ``cross_entropy``."""
+    """``reverse_kl``, ``forward_kl``, ``jsd``, ``annealed_kl`` (forward turning into reverse) or ``cross_entropy``."""
     temperature: float = 1.0
     """tau, applied to both sides."""
     steps: int = 100
@@ -51,6 +51,8 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Micro-batches that ``batch_size`` is cut into."""
     learning_rate: float = 5e-5
+    mixer_learning_rate: float = 0.0
+    """That of the replaced mixers (0: the same)."""
     warmup_steps: int = 10
     weight_decay: float = 0.0
     beta2: float = 0.95

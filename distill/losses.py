@@ -10,6 +10,7 @@ the student's tempered logits [n, V]; ``distillation_loss`` does the rest. No [t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,14 @@ def jsd(log_q: Tensor, log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, 0.5 * q * (ratio - to_mean.unsqueeze(-1))
 
 
+def annealed_kl(log_q: Tensor, log_p: Tensor, targets: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(1 - progress) KL(teacher || student) + progress KL(student || teacher): forward turns into reverse."""
+    (forward, forward_gradient), (reverse, reverse_gradient) = (
+        f(log_q, log_p, targets) for f in (forward_kl, reverse_kl)
+    )
+    return torch.lerp(forward, reverse, progress), torch.lerp(forward_gradient, reverse_gradient, progress)
+
+
 def cross_entropy(log_q: Tensor, log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-log q of the target token; the teacher is not looked at. Gradient q - onehot."""
     gradient = log_q.exp()
@@ -56,6 +65,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": jsd,
+    "annealed_kl": annealed_kl,
     "cross_entropy": cross_entropy,
 }
 
@@ -76,6 +86,7 @@ def distillation_loss(
     *,
     temperature: float = 1.0,
     count: Tensor | float | None = None,
+    progress: float = 1.0,
 ) -> Tensor:
     """The loss ``name`` of a batch, a scalar, divided by ``count`` (by default the valid targets of this batch).
 
@@ -83,10 +94,12 @@ def distillation_loss(
         hidden, teacher_hidden: final hidden states [B, T, E] and [B, T, E'].
         head, teacher_head: LM heads (``weight`` [V, E] and [V, E'], optional ``bias`` [V]).
         labels: [B, T], not shifted; -100 where no loss is taken.
+        progress: share of the training that is over, for a loss that changes on the way (``annealed_kl``).
 
     No valid target, here or in the global batch, gives 0 (with a zero gradient), not NaN.
     """
     choose("loss", name, LOSSES)
+    loss = partial(annealed_kl, progress=progress) if name == "annealed_kl" else LOSSES[name]
     rows, targets = valid_targets(hidden, labels)
     with torch.no_grad():
         teacher_rows, _ = valid_targets(teacher_hidden, labels)
@@ -95,7 +108,7 @@ def distillation_loss(
     count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
     return ChunkedLoss.apply(
         rows, head.weight, head.bias, teacher_rows, teacher_head.weight, teacher_head.bias,
-        targets, LOSSES[name], temperature, count,
+        targets, loss, temperature, count,
     )  # fmt: skip
 
 

@@ -109,7 +109,27 @@ def append_line(path: Path, event: dict[str, Any]) -> None:
 
 
 class LanguageTrainer(Trainer):
-    """Hugging Face Trainer with the weight decay groups of our mixers; trains any causal LM on its own loss."""
+    """Hugging Face Trainer with the parameter groups of our mixers; trains any causal LM on its own loss.
+
+    Args:
+        mixer_learning_rate: learning rate of the parameters of replaced mixers (0: the same as all others).
+    """
+
+    def __init__(self, *args: Any, mixer_learning_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mixer_learning_rate = mixer_learning_rate
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer, the replaced mixers' parameters in groups of their own if they have their own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.mixer_learning_rate:
+            ours = {id(p) for m in self.model.modules() if hasattr(m, "mil_slots") for p in m.parameters()}
+            for group in list(optimizer.param_groups):
+                mixers = [p for p in group["params"] if id(p) in ours]
+                group["params"] = [p for p in group["params"] if id(p) not in ours]
+                optimizer.add_param_group({**group, "params": mixers, "lr": self.mixer_learning_rate})
+        return optimizer
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that decay: all but those in ``NO_DECAY``."""
@@ -212,11 +232,13 @@ def _objective(
     *,
     temperature: float,
     count: Any,
+    progress: float = 1.0,
 ) -> torch.Tensor:
     """``distillation_loss`` with its arguments in the order that a partial wants."""
     return distillation_loss(
-        loss, hidden, head, teacher_hidden, teacher_head, labels, temperature=temperature, count=count
-    )
+        loss, hidden, head, teacher_hidden, teacher_head, labels,
+        temperature=temperature, count=count, progress=progress,
+    )  # fmt: skip
 
 
 class DistillTrainer(LanguageTrainer):
@@ -236,6 +258,7 @@ class DistillTrainer(LanguageTrainer):
         objective = partial(
             _objective, self.loss, self.teacher.hidden(inputs), self.teacher.head, labels,
             temperature=self.temperature, count=num_items_in_batch,
+            progress=self.state.global_step / max(self.state.max_steps - 1, 1),
         )  # fmt: skip
         output = model(**inputs, use_cache=False, objective=objective)
         loss = output.loss

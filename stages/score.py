@@ -17,7 +17,7 @@ from distill.mixers import ATTENTION, set_kernels
 from distill.placement import replaced_blocks
 from distill.records import write_json
 from distill.schedule import Stage
-from distill.teacher import Teacher, load_model, load_tokenizer
+from distill.teacher import RememberingTeacher, load_model, load_tokenizer
 from eval.loglikelihood import prepare
 from stages.common import HELD_OUT_SEED, Context, begin, need, say, stage_main
 
@@ -37,7 +37,7 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
     config = context.config
     seed = begin(context, stage, 1)
     tokenizer = load_tokenizer(config.teacher)
-    teacher = Teacher(load_model(config.teacher, config.dtype))
+    teacher = RememberingTeacher(load_model(config.teacher, config.dtype))  # every candidate sees the same rows
     dtype = "float32" if stage.scorer == "mmr" else config.dtype  # what is trained has float32 weights
     model = load_model(context.before(stage), dtype)
     set_kernels(model, config.kernels)

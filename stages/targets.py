@@ -83,6 +83,7 @@ def check(config: RunConfig) -> None:
         "threads": config.threads,
         "train.warmup_steps": train.warmup_steps,
         "train.save_steps": train.save_steps,
+        "train.mixer_learning_rate": train.mixer_learning_rate,
         "train.weight_decay": train.weight_decay,
         "train.max_grad_norm": train.max_grad_norm,
         "score.loo.questions": config.score.loo.questions,

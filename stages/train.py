@@ -64,6 +64,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         teacher=teacher,
         loss=options.loss,
         temperature=options.temperature,
+        mixer_learning_rate=options.mixer_learning_rate,
     )
     minutes = (time.monotonic() - began) / 60
     end = held_out_loss()

@@ -25,7 +25,9 @@ def setup(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, nn.Linear, 
     return hidden, head, torch.randn(B, T, F, dtype=dtype), teacher, labels
 
 
-def plain(name: str, z: torch.Tensor, zt: torch.Tensor, labels: torch.Tensor, tau: float) -> torch.Tensor:
+def plain(
+    name: str, z: torch.Tensor, zt: torch.Tensor, labels: torch.Tensor, tau: float, progress: float = 1.0
+) -> torch.Tensor:
     """The definition, over full logits, by autograd."""
     keep = labels[:, 1:] != IGNORE
     z, zt, y = z[:, :-1][keep] / tau, zt[:, :-1][keep] / tau, labels[:, 1:][keep]
@@ -35,6 +37,7 @@ def plain(name: str, z: torch.Tensor, zt: torch.Tensor, labels: torch.Tensor, ta
         "reverse_kl": lambda: kl(q, p),
         "forward_kl": lambda: kl(p, q),
         "jsd": lambda: (kl(p, m) + kl(q, m)) / 2,
+        "annealed_kl": lambda: (1 - progress) * kl(p, q) + progress * kl(q, p),
         "cross_entropy": lambda: -log_softmax(z, -1).gather(1, y[:, None])[:, 0],
     }[name]()
     return per_token.sum() / len(y)

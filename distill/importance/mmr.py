@@ -50,6 +50,7 @@ def score(setup: Setup) -> dict[str, Any]:
             teacher=setup.teacher,
             loss=setup.train.loss,
             temperature=setup.train.temperature,
+            mixer_learning_rate=setup.train.mixer_learning_rate,
         )
         end = loss_of(setup, model)
         shutil.rmtree(scratch, ignore_errors=True)
