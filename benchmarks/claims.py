@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -121,7 +122,7 @@ class Claims:
 
         def chain(counts: tuple[int, ...], each: int) -> Arm:
             arm = self.at(seed, counts[0], steps=each)
-            for before, h in zip(counts, counts[1:], strict=False):
+            for before, h in pairwise(counts):
                 added = tuple(sorted(self.loo[before:h]))
                 arm = replace(self.base, blocks=added, seed=seed, steps=each, start=arm)
             return arm
