@@ -58,6 +58,16 @@ def test_equals_plain_autograd(name: str, tau: float, chunk: int, monkeypatch: p
         torch.testing.assert_close(a, b * 3, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_annealed_goes_from_forward_to_reverse(progress: float) -> None:
+    hidden, head, other, teacher, labels = setup()
+    expected = plain("annealed_kl", head(hidden), teacher(other).detach(), labels, 1.0, progress)
+    loss = distillation_loss("annealed_kl", hidden, head, other, teacher, labels, progress=progress)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    (wanted,), (got,) = (torch.autograd.grad(each, hidden) for each in (expected, loss))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(name: str) -> None:
     hidden, head, other, teacher, labels = setup()

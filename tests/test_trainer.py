@@ -16,7 +16,7 @@ from distill.config import MixerConfig, TrainConfig
 from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
 from distill.hybrid.surgery import hybridize
-from distill.teacher import Teacher
+from distill.teacher import RememberingTeacher, Teacher
 from distill.trainer import DistillTrainer, LanguageTrainer, fit, heldout_loss, training_arguments
 
 Traces = Callable[..., Any]
@@ -182,6 +182,57 @@ def test_what_decays(make_llama: Callable[..., Any], traces: Traces, tmp_path: P
         assert decay[mixer + name] == 0.1
     assert decay[attention + "q_proj.weight"] == decay["model.layers.0.mlp.down_proj.weight"] == 0.1
     assert decay[attention + "q_proj.bias"] == decay["model.norm.weight"] == decay["lm_head.weight"] == 0.0
+
+
+def test_mixers_have_their_own_learning_rate(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    """With a rate of 0 for all else, one step moves the replaced mixers and nothing else."""
+    before = hybridize(llama, PLACEMENT, MixerConfig(), seed=0).state_dict()
+    student = hybridize(llama, PLACEMENT, MixerConfig(), seed=0).train()
+    arguments = training_arguments(
+        TrainConfig(batch_size=4, learning_rate=0.0, warmup_steps=0, weight_decay=0.1), 2, tmp_path, seed=0
+    )
+    trainer = fit(
+        DistillTrainer, student, traces(16), arguments, title="t", log=None, teacher=Teacher(llama),
+        loss="reverse_kl", temperature=1.0, mixer_learning_rate=1e-3,
+    )  # fmt: skip
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and moved == {
+        name for name in before if name.startswith(("model.layers.0.self", "model.layers.3.self"))
+    }
+    optimizer: Any = trainer.optimizer.optimizer  # type: ignore[union-attr]
+    assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.1]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(student.parameters()))
+
+
+def test_annealed_loss_ends_as_reverse_kl(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    """The share of reverse KL grows from 0 at the first step to 1 at the last."""
+    seen: list[float] = []
+
+    class Watched(DistillTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            def watched(**given: Any) -> Any:
+                seen.append(given["objective"].keywords["progress"])
+                return model(**given)
+
+            return super().compute_loss(watched, inputs, *args, **kwargs)
+
+    train(llama, traces(12), tmp_path, steps=3, trainer=Watched, loss="annealed_kl")
+    assert seen == [0.0, 0.5, 1.0]
+
+
+def test_a_remembering_teacher_answers_the_same(llama: Any, traces: Traces) -> None:
+    """From memory where it has room for the batch, computed again where it has not; never for other documents."""
+    rows = traces(4)
+    batches = [collate([rows[i], rows[i + 1]]) for i in (0, 2)]
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    size = Teacher(llama).hidden(inputs[0]).nbytes
+    teacher = RememberingTeacher(llama, limit=size)
+    for each in (0, 1, 0, 1):
+        assert torch.equal(teacher.hidden(inputs[each]), Teacher(llama).hidden(inputs[each]))
+    assert len(teacher.seen) == 1
+    shifted = {**inputs[0], "position_ids": torch.arange(inputs[0]["input_ids"].shape[1]).expand(2, -1)}
+    assert torch.equal(teacher.hidden(shifted), Teacher(llama).hidden(shifted))
 
 
 def test_a_loss_that_is_not_finite_stops(llama: Any, traces: Traces, tmp_path: Path) -> None:
