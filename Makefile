@@ -21,9 +21,13 @@ smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 lint: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy
 
-teacher: $(STAMP)  ## train the embedded teacher again and put it in place (about two hours on 2 cores)
+teacher: $(STAMP)  ## train the embedded teacher again, both phases, and put it in place (about two hours on 2 cores)
 	$(BIN)/distill pretrain teacher output=runs/teacher
-	mkdir -p distill/data/teacher && find runs/teacher -maxdepth 1 -type f -exec install -m 644 {} distill/data/teacher/ \;
+	$(BIN)/distill pretrain teacher_polish start=runs/teacher output=runs/teacher_polish
+	for part in model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja scores.json; do \
+		install -m 644 runs/teacher_polish/$$part distill/data/teacher/; done
+	for part in recipe.yaml:recipe_1.yaml log.jsonl:log_1.jsonl; do install -m 644 runs/teacher/$${part%:*} distill/data/teacher/$${part#*:}; done
+	for part in recipe.yaml:recipe_2.yaml log.jsonl:log_2.jsonl; do install -m 644 runs/teacher_polish/$${part%:*} distill/data/teacher/$${part#*:}; done
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

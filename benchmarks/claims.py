@@ -74,7 +74,7 @@ class Claims:
                 "reverse against forward KL, JSD, and forward annealed to reverse, over three budgets",
                 lambda seed: {
                     f"{loss}, {steps * 1024 // 1000}k": at(seed, loss=loss, steps=steps)
-                    for steps in (base_steps // 2, base_steps, base_steps * 4)
+                    for steps in (base_steps // 2, base_steps, base_steps * 3)
                     for loss in ("reverse_kl", "forward_kl", "jsd", "annealed_kl")
                 },
             ),

@@ -201,6 +201,8 @@ class PretrainConfig:
     name: str = "teacher"
     model: dict[str, Any] = field(default_factory=dict)
     """Keys of a Llama config.json."""
+    start: str = ""
+    """A model to go on from (``embedded``, a folder), in place of random weights."""
     output: str = "runs/teacher"
     seed: int = 0
     threads: int = 0

@@ -6,6 +6,8 @@ passes, in batches of similar length.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -34,20 +36,42 @@ class Requests:
     requests: tuple[Request, ...]
     gold: tuple[int, ...]
 
-    @torch.no_grad()
     def evaluate(self, model: Any, batch_tokens: int = 8192) -> dict[str, float]:
         """accuracy, its stderr, mean log-likelihood of the right answers, and the number of questions."""
-        totals: list[dict[int, float]] = [{} for _ in self.gold]
+        return self.compare(model, [nullcontext], batch_tokens=batch_tokens)[0]
+
+    @torch.no_grad()
+    def compare(
+        self,
+        model: Any,
+        variants: Sequence[Callable[[], AbstractContextManager[None]]],
+        *,
+        batch_tokens: int = 8192,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> list[dict[str, float]]:
+        """``evaluate`` of every variant of a model, in turn for each batch; a variant makes a context within which
+        the model computes something else. ``progress`` is told the share of the tokens that is done."""
+        totals: list[list[dict[int, float]]] = [[{} for _ in self.gold] for _ in variants]
         ordered = sorted(self.requests, key=lambda r: len(r.ids))
+        tokens, all_tokens = 0, sum(len(r.ids) for r in ordered)
         start = 0
         while start < len(ordered):
             end = start + 1
             while end < len(ordered) and len(ordered[end].ids) * (end + 1 - start) <= batch_tokens:
                 end += 1
             batch = ordered[start:end]
-            for request, value in zip(batch, self._score(model, batch), strict=True):
-                totals[request.question][request.choice] = value
+            for variant, total in zip(variants, totals, strict=True):
+                with variant():
+                    values = self._score(model, batch)
+                for request, value in zip(batch, values, strict=True):
+                    total[request.question][request.choice] = value
             start = end
+            tokens += sum(len(r.ids) for r in batch)
+            progress(tokens / all_tokens)
+        return [self._figures(total) for total in totals]
+
+    def _figures(self, totals: list[dict[int, float]]) -> dict[str, float]:
+        """Accuracy of the log-likelihoods by question and choice."""
         right = [max(t, key=t.__getitem__) == gold for t, gold in zip(totals, self.gold, strict=True)]
         accuracy = sum(right) / len(right)
         return {

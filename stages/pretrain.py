@@ -20,6 +20,7 @@ from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.data.traces import load_rows
 from distill.errors import UserError
 from distill.records import write_json, write_text
+from distill.teacher import load_model
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
 from stages.common import say, set_threads
@@ -43,7 +44,10 @@ def pretrain(config: PretrainConfig) -> Path:
     write_text(recipe, dump_config(config))
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
+    if config.start:
+        model = load_model(config.start).train()
+    else:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
     say(f"teacher: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} blocks")
     train = config.train
     rows = load_rows(

@@ -54,7 +54,7 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
         rows = context.rows(tokenizer, options.mmr.steps * config.train.batch_size, seed)
         heldout = context.rows(tokenizer, -(-options.mmr.heldout_tokens // length), HELD_OUT_SEED, held_out=True)
     else:
-        metric = prepare(options.loo.task, tokenizer, model, options.loo.questions).evaluate
+        metric = prepare(options.loo.task, tokenizer, model, options.loo.questions).compare
 
     def report(block: int, row: dict[str, float]) -> None:
         figures = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key not in ("block", "score"))

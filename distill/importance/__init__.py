@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from distill.config import MixerConfig, ScoreConfig, TrainConfig
 from distill.errors import choose
 from distill.teacher import Teacher
 
-Metric = Callable[[Any], Mapping[str, float]]
-"""``metric(model) -> {"accuracy", "stderr", "loglikelihood"}``: what LOO needs of an evaluation."""
+Variant = Callable[[], AbstractContextManager[None]]
+"""Makes a context within which a model computes something else (a block left out)."""
+
+Metric = Callable[[Any, Sequence[Variant]], Sequence[Mapping[str, float]]]
+"""``metric(model, variants) -> [{"accuracy", "stderr", "loglikelihood", "questions"}, ...]``: what LOO needs of an
+evaluation. Batch by batch, every variant in turn, so that variants may share what a batch has in common."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Setup:
         model: the current model (teacher or hybrid); left as it was.
         teacher: the frozen teacher.
         blocks: candidates, all of which have attention.
-        metric: accuracy of a model on prepared log-likelihood requests.
+        metric: accuracy of variants of a model on prepared log-likelihood requests.
         rows: training rows; heldout: fixed rows, never trained on.
         report: called with (block, row) as each candidate is done.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,29 @@ import torch
 
 from distill.config import LooConfig, MixerConfig, ScoreConfig, TrainConfig
 from distill.errors import UserError
-from distill.importance import Setup, available, scorer
+from distill.importance import Setup, Variant, available, scorer
 from distill.importance.loo import block_as_identity, order
 from distill.teacher import Teacher
 
 IDS = torch.randint(5, 56, (16, 12), generator=torch.Generator().manual_seed(0))
 
 
+def metric(model: Any, variants: Sequence[Variant]) -> list[dict[str, float]]:
+    """``agreement`` of every variant."""
+    figures = []
+    for variant in variants:
+        with variant():
+            figures.append(agreement(model))
+    return figures
+
+
 @torch.no_grad()
-def metric(model: Any) -> dict[str, float]:
-    """How often the model's first choice is the first choice of the unharmed one (kept in ``metric.wanted``)."""
+def agreement(model: Any) -> dict[str, float]:
+    """How often the model's first choice is the first choice of the unharmed one (kept in ``agreement.wanted``)."""
     logits = model(IDS, use_cache=False).logits
-    wanted = getattr(metric, "wanted", None)
+    wanted = getattr(agreement, "wanted", None)
     if wanted is None:
-        wanted = metric.wanted = logits.argmax(-1)  # type: ignore[attr-defined]
+        wanted = agreement.wanted = logits.argmax(-1)  # type: ignore[attr-defined]
     accuracy = float((logits.argmax(-1) == wanted).double().mean())
     right = float(logits.log_softmax(-1).gather(-1, wanted.unsqueeze(-1)).mean())
     return {"accuracy": accuracy, "stderr": 0.01, "loglikelihood": right, "questions": float(wanted.numel())}
@@ -32,7 +41,7 @@ def metric(model: Any) -> dict[str, float]:
 
 @pytest.fixture(autouse=True)
 def _fresh_metric() -> None:
-    metric.__dict__.clear()
+    agreement.__dict__.clear()
 
 
 def make_setup(model: Any, blocks: list[int], tmp_path: Path, report: Callable[..., None] = lambda *_: None) -> Setup:
@@ -98,6 +107,24 @@ def test_a_block_that_does_nothing_scores_exactly_zero(llama: Any, tmp_path: Pat
     assert reported == [0, 1, 2, 3]
     assert result["baseline"] == 1.0 and result["questions"] == IDS.numel() and result["metric"] == "stub"
     assert all(row["score"] == pytest.approx(result["baseline"] - row["value"]) for row in result["blocks"])
+
+
+def test_shared_prefixes_change_no_score(hybrid_family: Any, tmp_path: Path) -> None:
+    """Going on from the recorded inputs gives the figures of the whole model with the block left out."""
+    model = hybrid_family
+    result = scorer("loo")(make_setup(model, [0, 1, 2, 3], tmp_path))
+    for row in result["blocks"]:
+        with block_as_identity(model, row["block"]):
+            figures = agreement(model)
+        assert (row["value"], row["loglikelihood"]) == (figures["accuracy"], figures["loglikelihood"])
+
+
+def test_shared_prefixes_run_only_the_blocks_above(llama: Any, tmp_path: Path) -> None:
+    ran = [0] * 4
+    for block, layer in enumerate(llama.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, block=block: ran.__setitem__(block, ran[block] + 1))
+    scorer("loo")(make_setup(llama, [0, 1, 2, 3], tmp_path))
+    assert ran == [1, 2, 3, 4]  # the recording pass, and the candidates below each block
 
 
 def test_scoring_leaves_the_model_as_it_was(hybrid: Any, tmp_path: Path) -> None:

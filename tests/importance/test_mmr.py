@@ -35,7 +35,7 @@ def setup(llama: Any, traces: Callable[..., Any], tmp_path: Path) -> Setup:
         model=hybridize(llama, ["mamba1", "attention", "attention", "mamba1"], MixerConfig(), seed=0),
         teacher=Teacher(llama),
         blocks=[1, 2],
-        metric=lambda model: {},
+        metric=lambda model, variants: [],
         rows=traces(STEPS * 4),
         heldout=traces(5, seed=9, held_out=True),
         config=ScoreConfig(mmr=MmrConfig(steps=STEPS)),
