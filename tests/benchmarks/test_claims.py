@@ -39,7 +39,7 @@ def claims() -> Claims:
 
 
 def test_every_claim_compares_at_equal_tokens(claims: Claims) -> None:
-    groups = {"losses": 4, "staged": 2}  # so many variants share one budget
+    groups = {"losses": 4, "staged": 2, "init": 2, "layout": 2}  # so many variants share one budget
     for name, claim in claims.table().items():
         arms = list(claim.variants(0).values())
         size = groups.get(name, len(arms))
@@ -78,7 +78,7 @@ def test_table_shows_mean_and_deviation(claims: Claims) -> None:
     rows = rows_of(claim, fake([arm for seed in seeds for arm in claim.variants(seed).values()]), seeds)
     assert rows[0]["accuracy %"] == pytest.approx(60) and rows[0]["accuracy % sd"] == pytest.approx(10)
     assert rows[0]["by seed"] == [50.0, 60.0, 70.0] and rows[0]["tokens"] == 102_400
-    assert "| mil | 102k |" in markdown(rows) and "60.0 ± 10.0" in markdown(rows)
+    assert "| mil, annealed_kl, 102k | 102k |" in markdown(rows) and "60.0 ± 10.0" in markdown(rows)
 
 
 def test_mmr_ranks_by_the_loss_it_says(claims: Claims) -> None:
