@@ -28,7 +28,7 @@ from distill.errors import UserError, choose, nearest
 from distill.records import differences, provenance, read_json, write_json, write_text
 from distill.teacher import DTYPES, load_model, load_tokenizer
 from distill.teacher import load_config as load_model_config
-from stages.common import content, identity, say, set_threads
+from stages.common import identity, say, set_threads, source_identity
 
 EMBEDDED_PROMPTS = 256  # taken where no --limit is given
 TOO_LONG = "prompt too long"
@@ -60,15 +60,18 @@ def main(args: argparse.Namespace) -> int:
     if args.min_tokens > args.max_new_tokens:
         raise UserError(f"--min-tokens {args.min_tokens} is above --max-new-tokens {args.max_new_tokens}")
     files = Files(Path(args.output).expanduser())
+    if files.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder: give a file")
     prompts = load_prompts(args.prompts, args.limit, args.seed, files)
     teacher = load_model_config(args.teacher, convertible=False)
     drawn = {
         "teacher": {"name": args.teacher, "content": identity(args.teacher, teacher), "dtype": args.dtype},
-        "prompts": {"source": args.prompts, "content": prompts_content(args.prompts), "limit": args.limit},
+        "prompts": {"source": args.prompts, "content": source_identity(args.prompts), "limit": args.limit},
         "sampling": asdict(sampling),
     }
     settings = {**drawn, "filters": {"min_tokens": args.min_tokens, "keep_wrong": args.keep_wrong}}
     if is_done(files, settings, args.force):
+        files.partial.unlink(missing_ok=True)  # still there if the last moment was cut short
         say(f"{files.output} is done already")
         return 0
     tokenizer = load_tokenizer(args.teacher)
@@ -103,11 +106,6 @@ def load_prompts(source: str, limit: int, seed: int, files: Files) -> list[Promp
     return read_prompts(path, limit)
 
 
-def prompts_content(source: str) -> str:
-    """A fingerprint of the prompts; the embedded ones follow from the seed."""
-    return source if source == EMBEDDED else content(Path(source).expanduser())
-
-
 def is_done(files: Files, settings: dict[str, Any], force: bool) -> bool:
     """Whether the traces are there, made with these settings, and not to be made anew.
 
@@ -115,7 +113,7 @@ def is_done(files: Files, settings: dict[str, Any], force: bool) -> bool:
     """
     if not files.output.exists():
         return False
-    if not files.record.is_file() or not files.output.is_file():
+    if not files.record.is_file():
         raise UserError(f"{files.output} is there, and not of this command's making: give another --output")
     if force:
         return False
