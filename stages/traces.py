@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.data.prompts import Prompt, embedded_prompts, read_prompts
-from distill.data.sample import Completion, Question, Sampling, Sieve, end_tokens, render, sample, trace
+from distill.data.sample import Completion, Question, Sampling, Sieve, render, sample, trace
 from distill.data.traces import EMBEDDED
 from distill.errors import UserError, choose, nearest
 from distill.records import differences, provenance, read_json, write_json, write_text
@@ -51,14 +51,7 @@ class Files:
 
 
 def main(args: argparse.Namespace) -> int:
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    sampling.check()
-    choose("--dtype", args.dtype, DTYPES)
-    for name in ("limit", "min_tokens", "threads"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0")
-    if args.min_tokens > args.max_new_tokens:
-        raise UserError(f"--min-tokens {args.min_tokens} is above --max-new-tokens {args.max_new_tokens}")
+    sampling = read_sampling(args)
     files = Files(Path(args.output).expanduser())
     if files.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: give a file")
@@ -89,8 +82,21 @@ def main(args: argparse.Namespace) -> int:
         sieve.rejected[TOO_LONG] = too_long
     say(f"{args.teacher}: {len(fitting)} prompts, {len(work)} completions of at most {sampling.max_new_tokens} tokens")
     rows = make(args, tokenizer, work, sampling, sieve, partial)
-    finish(files, settings, args.teacher, rows, sieve, partial)
+    finish(files, settings, rows, sieve, partial)
     return 0
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """How to sample, every option checked."""
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    sampling.check()
+    choose("--dtype", args.dtype, DTYPES)
+    for name in ("limit", "min_tokens", "threads"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0")
+    if args.min_tokens > args.max_new_tokens:
+        raise UserError(f"--min-tokens {args.min_tokens} is above --max-new-tokens {args.max_new_tokens}")
+    return sampling
 
 
 def load_prompts(source: str, limit: int, seed: int, files: Files) -> list[Prompt]:
@@ -160,15 +166,18 @@ class Partial:
         try:
             header, *rest = [json.loads(line) for line in lines]
             self.threads, old = header["threads"], header["settings"]
-            self.batches = [[Completion(**each) for each in row["batch"]] for row in rest]
+            self.batches = [[Completion(**each) for each in row["completions"]] for row in rest]
+            if [row["batch"] for row in rest] != list(range(len(rest))):
+                raise ValueError("batches that do not follow one another: two processes wrote at once")
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: use --force to begin anew, or another --output") from error
+            raise UserError(f"{path} is damaged ({error}): use --force to begin anew, or another --output") from error
         refuse_other(path, old, settings)
         self.threads = set_threads(threads or self.threads)
 
     def append(self, batch: Sequence[Completion]) -> None:
         """Add a finished batch."""
-        self._append({"batch": [asdict(each) for each in batch]})
+        self._append({"batch": len(self.batches), "completions": [asdict(each) for each in batch]})
+        self.batches.append(list(batch))
 
     def _append(self, value: Any) -> None:
         with open(self.path, "ab") as file:
@@ -196,7 +205,6 @@ def make(
     if begun == len(batches):
         return rows
     model = load_model(args.teacher, args.dtype, convertible=False)
-    end_tokens(model, tokenizer)
     began, shown, tokens = time.monotonic(), 0.0, 0
     for number in range(begun, len(batches)):
         batch = batches[number]
@@ -231,9 +239,7 @@ def keep(
             }
 
 
-def finish(
-    files: Files, settings: dict[str, Any], teacher: str, rows: list[dict[str, Any]], sieve: Sieve, partial: Partial
-) -> None:
+def finish(files: Files, settings: dict[str, Any], rows: list[dict[str, Any]], sieve: Sieve, partial: Partial) -> None:
     """Write record and traces, and say what was kept and what was not."""
     total = sieve.kept + sum(sieve.rejected.values())
     for name, count in (("sampled", total), ("kept", sieve.kept), *sorted(sieve.rejected.items())):
@@ -266,3 +272,4 @@ def finish(
     write_text(files.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial.path.unlink()
     say(f"wrote {files.output}: {len(rows):,} traces of {tokens:,} tokens; {files.record.name} says how they were made")
+    say(f"next: distill run CONFIG data.source={files.output}")

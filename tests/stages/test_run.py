@@ -150,21 +150,21 @@ def test_own_traces(config: Path) -> None:
 
 @pytest.mark.parametrize("config", ["llama"], indirect=True)
 def test_a_mixture(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two sources by weight; a change in either file is noticed, and the source that stands unused is not read."""
+    """A distillation (of MMR) on two sources; a change in either file is noticed, the unused source is no input."""
     traces = config.parent / "traces.jsonl"
     traces.write_text(
         "".join(json.dumps({"prompt": f"add {i}+1", "completion": f" {i + 1}"}) + "\n" for i in range(99))
     )
     mixture = f"data.mixture=[{{source:{traces},weight:3}},{{source:embedded}}]"
-    command = ["train", str(config), mixture, "schedule=[1]", "data.source=none.jsonl"]
-    for verb in ("score", "place", "swap", "train"):
-        assert main([verb, *command[1:]]) == 0
-    assert main([*command[:-1], "data.source=other.jsonl"]) == 0, "not an input"
+    command = ["score", str(config), mixture, "schedule=[1]", "score.first=mmr", "score.mmr.steps=1"]
+    assert main([*command, "data.source=none.jsonl"]) == 0
+    assert main([*command, "data.source=other.jsonl"]) == 0
+    assert "score is done in every stage" in capsys.readouterr().out
+    assert main([*command, mixture.replace("weight:3", "weight:2")]) == 2
+    assert "data.mixture" in capsys.readouterr().err
     traces.write_text(traces.read_text().replace("add", "sort"))
     assert main(command) == 2
     assert f"data.content.{traces}" in capsys.readouterr().err
-    assert main([*command, mixture.replace("weight:3", "weight:2")]) == 2
-    assert "data.mixture" in capsys.readouterr().err
 
 
 def test_force_redoes_only_what_depends_on_the_change(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

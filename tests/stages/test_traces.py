@@ -83,7 +83,7 @@ def test_rows_record_and_filters(folder: Path, capsys: pytest.CaptureFixture[str
     assert "prompts.content" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("finished", "torn"), [(0, b'{"bat'), (1, b'{"batch": [{"text": "<thi'), (3, b"")])
+@pytest.mark.parametrize(("finished", "torn"), [(0, b'{"bat'), (1, b'{"batch": 1, "compl'), (3, b"")])
 def test_an_interruption_changes_no_byte(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], torn: bytes, finished: int
 ) -> None:
@@ -164,6 +164,7 @@ def test_embedded_prompts(folder: Path) -> None:
         (["--output", "bad.jsonl", "--force"], "not of this command's making"),
         (["--output", "."], "--output . is a folder"),
         (["--output", "torn"], "torn.partial is damaged"),
+        (["--output", "twice"], "two processes wrote at once"),
     ],
 )
 def test_a_mistake_is_one_clear_message(
@@ -175,6 +176,8 @@ def test_a_mistake_is_one_clear_message(
 ) -> None:
     (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{\n')
     (folder / "torn.partial").write_text("{}\n[]\n")
+    line = '{"batch": 0, "completions": []}\n'
+    (folder / "twice.partial").write_text('{"settings": {}, "threads": 1}\n' + line + line)
     monkeypatch.setattr(stages.traces, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert main([*COMMAND, "--prompts", "p.jsonl", *extra]) == 2
