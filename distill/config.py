@@ -7,15 +7,25 @@ run, ``PretrainConfig`` the training of a teacher from nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError, safe_load
 
 from distill.errors import UserError, nearest
+
+
+@dataclass
+class SourceConfig:
+    """One source of a mixture."""
+
+    source: str = MISSING
+    """``embedded``, or the path of a JSONL file."""
+    weight: float = 1.0
+    """Its share of the rows, which all have as many tokens, relative to the other weights."""
 
 
 @dataclass
@@ -24,6 +34,8 @@ class DataConfig:
 
     source: str = "embedded"
     """``embedded``, or the path of a JSONL file with messages, prompt/completion or text."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Several sources by weight, in place of ``source``."""
     sequence_length: int = 256
     """Tokens a packed row, T."""
     mix: dict[str, float] = field(
@@ -240,7 +252,7 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
         if "=" not in text:
             raise UserError(f"expected key=value, got '{text}'")
         try:
-            layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+            layer = split_colons(OmegaConf.to_container(OmegaConf.from_dotlist([text])))
         except (OmegaConfBaseException, YAMLError) as error:
             raise UserError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
         named.append((f"'{text}'", text.split("=")[0], layer))
@@ -254,15 +266,34 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
         except (OmegaConfBaseException, TypeError) as error:
             place = getattr(error, "full_key", None)
             reason = str(error).splitlines()[0]
-            if "ListConfig" in reason:
+            if "ListConfig" in reason or "container types" in reason:
                 reason = "expected a list, such as [5]"
             raise UserError(f"{where}: {f'{place}: ' if place else ''}{reason}") from error
     try:
         config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, kind)
     return config
+
+
+def split_colons(value: Any) -> Any:
+    """Read ``{source:a.jsonl,weight:2}`` as the shell lets one write it: YAML wants a space after a colon, and
+    takes each pair for a key without a value."""
+    if isinstance(value, list):
+        return [split_colons(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    result = {}
+    for key, item in value.items():
+        if item is None and isinstance(key, str) and ":" in key:
+            name, _, text = key.partition(":")
+            result[name] = safe_load(text)
+        else:
+            result[key] = split_colons(item)
+    return result
 
 
 def _mappings(kind: Any, layer: Any, prefix: str = "") -> list[str]:
@@ -285,13 +316,20 @@ def dump_config(config: RunConfig | PretrainConfig) -> str:
 
 def _check_keys(kind: Any, layer: Any, where: str, prefix: str = "") -> None:
     """Refuse keys that the dataclass does not have; OmegaConf's own message does not name the nearest."""
-    known = {f.name: f for f in fields(kind)}
-    default = kind()
+    known = get_type_hints(kind)
     for key, value in (layer or {}).items():
         if key not in known:
             raise UserError(
                 f"{where}: unknown key '{prefix}{key}'{nearest(str(key), known)}; allowed: {', '.join(known)}"
             )
-        nested = getattr(default, key)
+        nested, items = known[key], get_args(known[key])
         if is_dataclass(nested) and isinstance(value, dict):
-            _check_keys(type(nested), value, where, f"{prefix}{key}.")
+            _check_keys(nested, value, where, f"{prefix}{key}.")
+        elif isinstance(value, list) and items and is_dataclass(items[0]):
+            for number, item in enumerate(value):
+                if not isinstance(item, dict):
+                    raise UserError(
+                        f"{where}: {prefix}{key}[{number}]: expected {{{', '.join(get_type_hints(items[0]))}}}, "
+                        f"not {item!r}"
+                    )
+                _check_keys(items[0], item, where, f"{prefix}{key}[{number}].")

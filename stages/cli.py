@@ -7,6 +7,7 @@ import ast
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 
@@ -21,6 +22,7 @@ VERBS = {
     "report": "stages.report",
     "submit": "stages.submit",
     "pretrain": "stages.pretrain",
+    "traces": "stages.traces",
 }
 TARGETS = {"pretrain": "CONFIG", "plan": "CONFIG|RUN", "submit": "CONFIG|RUN"}
 
@@ -29,9 +31,39 @@ INTRODUCTION = """Turn a pretrained transformer into a fast attention-Mamba hybr
   distill run demo                     the whole chain on the embedded teacher
   distill plan configs/apriel_h1_15b.yaml
   distill run my.yaml train.steps=500 schedule=[5,7]
+  distill traces --teacher /models/my-llama --prompts questions.jsonl
 
 CONFIG is a YAML file or the short name of one we ship; RUN is a folder that a run has written. Any key of
 the config can be set after it as key=value. 'distill VERB --help' explains a verb."""
+
+
+def traces_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``distill traces``."""
+    add = parser.add_argument
+    add("--teacher", required=True, help="embedded, a model folder, or a hub name")
+    add("--prompts", required=True, metavar="DATA", help="embedded, or a JSONL file with prompt or messages")
+    add("--output", default="traces.jsonl", metavar="FILE", help="what to write (default: %(default)s)")
+    add("--samples", type=int, default=1, metavar="N", help="completions a prompt (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, metavar="TAU", help="0: greedy (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, metavar="P", help="mass of the tokens drawn from (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="longer ones are dropped (default: %(default)s)")
+    add("--min-tokens", type=int, default=1, metavar="N", help="shorter ones are dropped (default: %(default)s)")
+    add("--batch-size", type=int, default=32, metavar="B", help="completions at a time (default: %(default)s)")
+    add("--limit", type=int, default=0, metavar="N", help="prompts taken (default 0: all; of embedded 256)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one a core)")
+    answers = parser.add_mutually_exclusive_group()
+    answers.add_argument(
+        "--correct-only", dest="keep_wrong", action="store_false", help="drop wrong answers (the default)"
+    )
+    answers.add_argument("--keep-wrong", action="store_true", help="keep them, marked correct: false")
+    parser.set_defaults(keep_wrong=False)
+    add("--force", action="store_true", help="begin anew, whatever was written with other settings")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"traces": traces_options}
+"""Verbs with options of their own in place of a target and key=value."""
 
 
 def docstring(module: str) -> str:
@@ -49,9 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     for verb, module in VERBS.items():
         text = docstring(module)
         sub = verbs.add_parser(verb, help=text.splitlines()[0].rstrip("."), description=text, formatter_class=raw)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if verb in OPTIONS:
+            OPTIONS[verb](sub)
+            continue
         sub.add_argument("target", metavar=TARGETS.get(verb, "CONFIG|RUN"), help="what to work on (see above)")
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="config values set over the file's")
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if verb in ("score", "place", "swap", "train", "measure"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
         if verb in ("run", "score", "place", "swap", "train", "measure"):
@@ -67,9 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit code 0, or 2 with one message for a user's mistake."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if any("=" not in text or text.startswith("-") for text in rest):
+    if any(args.verb in OPTIONS or "=" not in text or text.startswith("-") for text in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides += rest  # key=value may stand after an option, too
+    if rest:
+        args.overrides += rest  # key=value may stand after an option, too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     quiet()

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from distill.config import RunConfig, dump_config, load_config
-from distill.data.traces import EMBEDDED, check_source, load_rows
+from distill.config import DataConfig, RunConfig, dump_config, load_config
+from distill.data.mixture import check_data, load_data
+from distill.data.traces import EMBEDDED
 from distill.errors import UserError
 from distill.hybrid.surgery import hybrid_config
 from distill.placement import ATTENTION, parse_name, replace
@@ -51,8 +52,8 @@ class Context:
     threads: int
     teacher: str
     """What the teacher is, for fingerprints: its config, and the contents of its files."""
-    data: str
-    """What the data file holds, for fingerprints."""
+    data: Any
+    """What the data files hold, for fingerprints."""
 
     def folder(self, stage: Stage, step: str) -> Path:
         """Where a step of a stage writes."""
@@ -68,10 +69,7 @@ class Context:
 
     def rows(self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
         """Packed rows of the run's data; the seed says which."""
-        data = self.config.data
-        return load_rows(
-            data.source, tokenizer, count, data.sequence_length, data.mix, seed, mask=data.mask, held_out=held_out
-        )
+        return load_data(self.config.data, tokenizer, count, seed, held_out=held_out)
 
     def seed(self, stage: Stage, purpose: int) -> int:
         """A seed for one purpose within one stage: no two share data or dropout."""
@@ -85,6 +83,7 @@ class Context:
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps"):
             train.pop(key)
+        data.pop("source" if config.data.mixture else "mixture")  # the one that is not used
         data["content"] = self.data
         measure = asdict(config.measure)
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
@@ -129,10 +128,10 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
     hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
     if write:
-        check_source(config.data.source, config.data.mix)
+        check_data(config.data)
         task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
     config.threads = threads
-    teacher, data = identity(config.teacher, model), data_identity(config.data.source)
+    teacher, data = identity(config.teacher, model), data_identity(config.data)
     context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data)
     if write:
         steps = context.steps()
@@ -198,8 +197,15 @@ def identity(name: str, config: Any) -> str:
     return fingerprint([keys, [[path.name, content(path)] for path in sorted(files) if path.name not in skipped]])
 
 
-def data_identity(source: str) -> str:
-    """A fingerprint of the data file; the embedded data follow from the seed."""
+def data_identity(data: DataConfig) -> str | dict[str, str]:
+    """A fingerprint of the data file, or of each in the mixture; the embedded data follow from the seed."""
+    if data.mixture:
+        return {entry.source: source_identity(entry.source) for entry in data.mixture}
+    return source_identity(data.source)
+
+
+def source_identity(source: str) -> str:
+    """A fingerprint of one source."""
     path = Path(source).expanduser()
     return content(path) if source != EMBEDDED and path.is_file() else source
 

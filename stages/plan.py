@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from distill.config import RunConfig
+from distill.data.mixture import describe
 from distill.errors import UserError
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, hybrid_config
@@ -123,6 +124,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"{size.attention / 1e6:,.2f} M parameters becomes {size.mixer / 1e6:,.2f} M",
         f"training  {train.loss}, tau {train.temperature:g}, sequence {config.data.sequence_length:,}, batch "
         f"{train.batch_size} rows, AdamW at {train.learning_rate:g}, {train.warmup_steps} warm-up steps, linear decay",
+        f"data      {describe(config.data)}",
         "",
         f"{'stage':12s}{'score':8s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
         f"{'lineage':>10s}{'hours':>9s}",

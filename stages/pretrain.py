@@ -16,8 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from distill.config import PretrainConfig, dump_config, load_config
+from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
-from distill.data.traces import load_rows
 from distill.errors import UserError
 from distill.records import write_json, write_text
 from distill.teacher import load_model
@@ -34,12 +34,13 @@ def main(args: argparse.Namespace) -> int:
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train the model that ``config`` describes; returns the folder written."""
+    check_data(config.data)
     set_threads(config.threads)
     set_seed(config.seed)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     recipe = output / "recipe.yaml"
-    if recipe.is_file() and recipe.read_text() != dump_config(config):
+    if recipe.is_file() and load_config(PretrainConfig, recipe) != config:
         raise UserError(f"{recipe} is another recipe: choose another output, or remove {output}")
     write_text(recipe, dump_config(config))
     tokenizer = build_tokenizer()
@@ -50,15 +51,7 @@ def pretrain(config: PretrainConfig) -> Path:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
     say(f"teacher: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} blocks")
     train = config.train
-    rows = load_rows(
-        config.data.source,
-        tokenizer,
-        train.steps * train.batch_size,
-        config.data.sequence_length,
-        config.data.mix,
-        config.seed,
-        mask=config.data.mask,
-    )
+    rows = load_data(config.data, tokenizer, train.steps * train.batch_size, config.seed)
     arguments = training_arguments(train, train.steps, output / "checkpoints", config.seed)
     fit(LanguageTrainer, model, rows, arguments, title="pretrain", log=output / "log.jsonl")
     model.to(torch.bfloat16).save_pretrained(output)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from distill.config import PretrainConfig, RunConfig, dump_config, load_config, merge_config
+from distill.config import PretrainConfig, RunConfig, SourceConfig, dump_config, load_config, merge_config
 from distill.data.families import FAMILIES
 from distill.errors import UserError
 from distill.losses import LOSSES
@@ -212,3 +213,22 @@ def test_a_free_mapping_is_replaced_by_a_file_and_changed_by_a_dotted_key(tmp_pa
     assert load_config(RunConfig, path).data.mix == {"add": 2.0}
     assert load_config(RunConfig, path, ["data.mix.mod=1"]).data.mix == {"add": 2.0, "mod": 1.0}
     assert load_config(RunConfig, path, ["data.mix={sort: 3}"]).data.mix == {"sort": 3.0}
+
+
+def test_a_mixture_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {mixture: [{source: embedded, weight: 1}, {source: a.jsonl, weight: 3}]}\n")
+    config = load_config(RunConfig, path)
+    assert config.data.mixture == [SourceConfig("embedded", 1.0), SourceConfig("a.jsonl", 3.0)]
+    assert merge_config(RunConfig, [("file", yaml.safe_load(dump_config(config)))]) == config
+    for text in (
+        "[{source:b.c.jsonl,weight:2},{source:embedded}]",
+        "[{source: b.c.jsonl, weight: 2}, {source: embedded}]",
+    ):
+        changed = load_config(PretrainConfig, path, [f"data.mixture={text}"])
+        assert changed.data.mixture == [SourceConfig("b.c.jsonl", 2.0), SourceConfig("embedded", 1.0)]
+
+
+def test_colons_need_no_space_on_the_command_line() -> None:
+    config = merge_config(RunConfig, [], ["data.mix={add:3,sort: 1}", "slurm.setup=['a:b']"])
+    assert config.data.mix == {"add": 3.0, "sort": 1.0}
+    assert config.slurm.setup == ["a:b"]

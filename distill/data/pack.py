@@ -45,12 +45,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, st
     return encode_texts(tokenizer, prompts, whole, mask)
 
 
-def check_chat(chat: Any) -> None:
-    """Raise UserError unless ``chat`` is a list of role/content messages that ends with the assistant's."""
+def check_messages(chat: Any) -> None:
+    """Raise UserError unless ``chat`` is a list of mappings with a role and a content of text."""
     if not isinstance(chat, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in chat):
         raise UserError("messages must be a list of mappings with a role and a content")
     if not all(isinstance(m.get("content"), str) for m in chat):
         raise UserError("the content of every message must be text")
+
+
+def check_chat(chat: Any) -> None:
+    """Raise UserError unless ``chat`` is a list of role/content messages that ends with the assistant's."""
+    check_messages(chat)
     if not chat or chat[-1]["role"] != "assistant":
         raise UserError("a chat must end with an assistant turn (the completion to learn)")
 

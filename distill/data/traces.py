@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from itertools import islice
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from distill.data.families import FAMILIES, draw
+from distill.data.jsonl import read_rows
 from distill.data.pack import Document, check_chat, encode, encode_texts, pack
 from distill.errors import UserError, choose, nearest
 
@@ -119,29 +119,18 @@ class FileTraces(Dataset[Row]):
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, mask: str) -> list[Document]:
     """Read and tokenise a JSONL file; a malformed row is named with its file and line."""
     chats: list[list[dict[str, str]]] = []
-    prompts: list[str] = []
-    wholes: list[str] = []
+    texts: list[tuple[str, str]] = []
+
+    def sort_out(row: Any) -> None:
+        if isinstance(row, dict) and "messages" in row:
+            check_chat(row["messages"])
+            chats.append(row["messages"])
+        else:
+            texts.append(_prompt_and_completion(row))
+
+    read_rows(path, sort_out)
     end = tokenizer.eos_token or ""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if isinstance(row, dict) and "messages" in row:
-                check_chat(row["messages"])
-                chats.append(row["messages"])
-                continue
-            prompt, completion = _prompt_and_completion(row)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-        prompts.append(prompt)
-        wholes.append(prompt + completion + end)
+    prompts, wholes = [prompt for prompt, _ in texts], [prompt + completion + end for prompt, completion in texts]
     return encode(tokenizer, chats, mask) + encode_texts(tokenizer, prompts, wholes, mask)
 
 
@@ -177,11 +166,13 @@ def load_rows(
     return FileTraces(tokenizer, Path(source).expanduser(), rows, length, seed, mask=mask, held_out=held_out)
 
 
-def check_source(source: str, mix: Mapping[str, float]) -> None:
-    """Raise UserError where a source does not exist, or the mix of the embedded families makes no sense."""
+def check_source(source: str, mix: Mapping[str, float], key: str = "data.source") -> None:
+    """Raise UserError where a source (that ``key`` names) does not exist, or the mix of the families makes no sense."""
     if source != EMBEDDED:
-        if not Path(source).expanduser().is_file():
-            raise UserError(f"data.source: no such file: {source} (give '{EMBEDDED}' or a JSONL file)")
+        path = Path(source).expanduser()
+        if not path.is_file():
+            near = nearest(source, [EMBEDDED, *(str(found) for found in path.parent.glob("*.jsonl"))])
+            raise UserError(f"{key}: no such file: {source}{near} (give '{EMBEDDED}' or a JSONL file)")
         return
     for family in mix:
         choose("family in data.mix", family, FAMILIES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.cli import VERBS, main
+from stages.cli import OPTIONS, VERBS, main
 
 RUN = ["run", "demo", "run_dir={tmp}/run"]
 MISTAKES = [
@@ -49,6 +49,11 @@ MISTAKES = [
     ([*RUN, "dtype=float16"], "allowed: bfloat16, float32"),
     ([*RUN, "kernels=cuda"], "allowed: auto, cpu, reference"),
     ([*RUN, "data.source={tmp}/none.jsonl"], "no such file"),
+    ([*RUN, "data.mixture=[{source:embedded},{source:{tmp}/none.jsonl}]"], "data.mixture[1].source: no such file"),
+    ([*RUN, "data.mixture=[{source:embedded,weight:-1}]"], "data.mixture[0].weight=-1.0 must be at least 0"),
+    ([*RUN, "data.mixture=[{source:embedded,wieght:1}]"], "did you mean 'weight'"),
+    ([*RUN, "data.mixture=[{weight:1}]"], "data.mixture[0].source is missing"),
+    ([*RUN, "data.mixture=[embedded]"], "expected {source, weight}"),
     ([*RUN, "data.mix.adds=1"], "did you mean 'add'"),
     ([*RUN, "data.mask=prompt"], "allowed: all, completion"),
     ([*RUN, "measure.generative=[embedded_genertive]"], "did you mean 'embedded_generative'"),
@@ -94,6 +99,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
     assert "CONFIG" in text
+    assert ("key=value" in text) != (verb in OPTIONS)
 
 
 def test_unknown_verb_and_missing_target() -> None:

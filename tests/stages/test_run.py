@@ -148,6 +148,25 @@ def test_own_traces(config: Path) -> None:
     assert main(["run", str(config), f"data.source={traces}", "schedule=[1]"]) == 0
 
 
+@pytest.mark.parametrize("config", ["llama"], indirect=True)
+def test_a_mixture(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A distillation (of MMR) on two sources; a change in either file is noticed, the unused source is no input."""
+    traces = config.parent / "traces.jsonl"
+    traces.write_text(
+        "".join(json.dumps({"prompt": f"add {i}+1", "completion": f" {i + 1}"}) + "\n" for i in range(99))
+    )
+    mixture = f"data.mixture=[{{source:{traces},weight:3}},{{source:embedded}}]"
+    command = ["score", str(config), mixture, "schedule=[1]", "score.first=mmr", "score.mmr.steps=1"]
+    assert main([*command, "data.source=none.jsonl"]) == 0
+    assert main([*command, "data.source=other.jsonl"]) == 0
+    assert "score is done in every stage" in capsys.readouterr().out
+    assert main([*command, mixture.replace("weight:3", "weight:2")]) == 2
+    assert "data.mixture" in capsys.readouterr().err
+    traces.write_text(traces.read_text().replace("add", "sort"))
+    assert main(command) == 2
+    assert f"data.content.{traces}" in capsys.readouterr().err
+
+
 def test_force_redoes_only_what_depends_on_the_change(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(config)]) == 0
     run = config.parent / "run"
