@@ -108,7 +108,7 @@ class Context:
             score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
             inputs = {
-                "score": {**base, "score": score, **trained, **trained_on, **chosen},
+                "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name},
                 "swap": {**base, "mixer": mixer},
                 "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
