@@ -74,6 +74,9 @@ class TrainConfig:
     """Held-out rows on which the loss is taken before and after."""
     save_steps: int = 0
     """Checkpoint every so many steps (0: only at the end)."""
+    keep_steps: list[int] = field(default_factory=list)
+    """Steps of every stage after which the weights are kept for good, in ``train/steps/000200``: models to load,
+    or to start a later stage from (those that ``start_from`` names are kept without being listed)."""
     gradient_checkpointing: bool = False
 
 
@@ -188,7 +191,10 @@ class RunConfig:
     teacher_config: dict[str, Any] = field(default_factory=dict)
     """The teacher's config.json, for planning without it at hand."""
     schedule: list[int] = field(default_factory=list)
-    """Replaced blocks h after each stage, strictly increasing."""
+    """Replaced blocks h after each stage; each stage more than what it starts from."""
+    start_from: dict[str, str] = field(default_factory=dict)
+    """Where a stage starts, if not from the stage before it: ``H1-5`` (an earlier stage), ``H1-5@200`` (its weights
+    after 200 steps), ``teacher``, or the folder of a hybrid that another run made. ``{H1-7: H1-5@200}``."""
     run_dir: str = "runs/run"
     seed: int = 0
     threads: int = 0

@@ -159,3 +159,20 @@ class Step:
         for folder in (self.folder, self.partial):
             if folder.exists():
                 shutil.rmtree(folder)
+
+
+def dependents(steps: list[Step], names: set[str]) -> set[str]:
+    """``names`` and every step that depends on one of them, directly or not."""
+    found = set(names)
+    for step in steps:  # in order, so that one pass reaches everything
+        if found & step.after.keys():
+            found.add(step.name)
+    return found
+
+
+def forget(steps: list[Step], names: set[str]) -> None:
+    """Remove what the steps ``names``, and all that depend on them, have written."""
+    gone = dependents(steps, names)
+    for step in steps:
+        if step.name in gone:
+            step.forget()

@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Sized
+from collections.abc import Callable, Collection, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,8 @@ NO_DECAY = re.compile(r"A_log|\.D$|dt_bias|bias|norm|embed_tokens|lm_head")
 class ProgressCallback(TrainerCallback):
     """A progress bar (or plain lines where there is no terminal) and one JSON line a log event.
 
-    ``tokens`` counts what the global batches held, padding included; times are only shown, never used.
+    ``tokens`` counts what the global batches held, padding included; times are only shown, never used. ``minutes``
+    go on from those of earlier sessions in the same log, work that was lost and done again included.
     """
 
     def __init__(self, title: str, steps: int, tokens_per_step: int, log: Path | None) -> None:
@@ -42,6 +43,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.began, self.first, self.shown = time.monotonic(), state.global_step, 0.0
+        self.earlier = logged_minutes(self.log) if self.log is not None else 0.0
         if self.log is not None and self.log.exists():  # a resumed run drops lines past its checkpoint
             kept = [line for line in self.log.read_text().splitlines() if step_of(line) <= state.global_step]
             self.log.write_text("".join(line + "\n" for line in kept))
@@ -61,6 +63,7 @@ class ProgressCallback(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": round(speed, 1),
+            "minutes": round(self.earlier + elapsed / 60, 4),
         }
         if self.log is not None:
             append_line(self.log, event)
@@ -87,6 +90,29 @@ def step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def logged_minutes(log: Path) -> float:
+    """Minutes of training up to the last line of a log, over all sessions; 0.0 for a log that is not there."""
+    minutes = 0.0
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        try:
+            minutes = max(minutes, float(json.loads(line).get("minutes", 0.0)))
+        except ValueError:  # a torn line is what a killed session leaves
+            continue
+    return minutes
+
+
+class KeepSteps(TrainerCallback):
+    """Calls ``keep(step)`` when each of ``steps`` is done, before Trainer's own checkpoint of that step: what a
+    resumed run finds before its checkpoint has been kept."""
+
+    def __init__(self, steps: Collection[int], keep: Callable[[int], None]) -> None:
+        self.steps, self.keep = steps, keep
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self.steps and state.is_world_process_zero:
+            self.keep(state.global_step)
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -185,6 +211,7 @@ def fit(
     *,
     title: str,
     log: Path | None,
+    callbacks: Sequence[TrainerCallback] = (),
     **extra: Any,
 ) -> LanguageTrainer:
     """Train, continuing from the newest checkpoint in the output folder if there is one.
@@ -199,7 +226,7 @@ def fit(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[progress, StopOnNonFinite()],
+        callbacks=[progress, StopOnNonFinite(), *callbacks],
         **extra,
     )
     trainer.remove_callback(transformers.PrinterCallback)

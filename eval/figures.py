@@ -35,7 +35,7 @@ from eval.drawing import (
     spread,
     styled,
 )
-from eval.pareto import Stage
+from eval.pareto import Stage, lineage_of
 
 EM_SPACE = "\u2003"  # a run of plain spaces would collapse in SVG
 
@@ -76,7 +76,9 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
 def placement(stages: Sequence[Stage], width: float = WIDE) -> Figure:
     """A row per stage, a cell per block: its mixer by colour, and the stage that converted it by number."""
     rows = [(s.index, s.name, s.records["place"]["mixers"]) for s in stages if s.records["place"]]
-    converted = {block: stage.index for stage in stages for block in stage.added}
+    converted = {
+        s.index: {block: each.index for each, _ in lineage_of(stages, s) for block in each.added} for s in stages
+    }
     blocks = max(len(mixers) for _, _, mixers in rows)
     used = list(dict.fromkeys(mixer for _, _, mixers in rows for mixer in mixers))
     colours = mixer_colours(used)
@@ -90,11 +92,11 @@ def placement(stages: Sequence[Stage], width: float = WIDE) -> Figure:
             for block, mixer in list(enumerate(mixers))[first : first + per_line]:
                 cell = Rectangle((block - 0.46, row - 0.42), 0.92, 0.84, fc=colours[mixer], lw=0)
                 axes.add_patch(cell)
-                if mixer != "attention" and block in converted:
-                    new = converted[block] == index
+                if mixer != "attention" and block in converted[index]:
+                    new = converted[index][block] == index
                     weight, alpha = ("bold", 1.0) if new else ("normal", 0.75)
                     at = {"ha": "center", "va": "center_baseline", "fontsize": size}
-                    axes.text(block, row, str(converted[block]), color="white", weight=weight, alpha=alpha, **at)
+                    axes.text(block, row, str(converted[index][block]), color="white", weight=weight, alpha=alpha, **at)
         axes.set(xlim=(first - 0.5, first + per_line - 0.5), ylim=(len(rows) - 0.5, -0.5))
         axes.set_yticks(range(len(rows)), [name for _, name, _ in rows], color=INK)
         shown = range(first, min(first + per_line, blocks))

@@ -5,7 +5,7 @@ A run may be unfinished. What a step has not written yet is ``None`` in `Run` an
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,25 @@ def read_run(path: Path) -> Run:
         log = _read_log(folder) if folder else ()
         stages.append(Stage(index, str(named or stem + suffix), records, log))
     return Run(path, config, teacher, tuple(stages))
+
+
+def lineage_of(stages: Sequence[Stage], stage: Stage) -> list[tuple[Stage, float]]:
+    """The stages of a run that led to `stage`, oldest first and itself last, each with the share of its training
+    that counts: below 1 where the next one started from its middle.
+
+    A record that does not say what it started from started from the stage before it.
+    """
+    found = [(stage, 1.0)]
+    while True:
+        stage = found[0][0]
+        earlier = [each for each in stages if each.index < stage.index]
+        given = (stage.records["train"] or {}).get("start", earlier[-1].name if earlier else "teacher")
+        name, _, step = str(given).partition("@")
+        source = next((each for each in earlier if each.name == name), None)
+        if source is None:
+            return found
+        share = int(step) / number(source.records["train"] or {}, "steps") if step.isdigit() else 1.0
+        found.insert(0, (source, share))
 
 
 def tasks_of(run: Run) -> dict[str, str]:

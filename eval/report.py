@@ -30,6 +30,7 @@ from eval.pareto import (
     Run,
     Stage,
     best_hybrid,
+    lineage_of,
     loss_frame,
     number,
     read_run,
@@ -139,7 +140,9 @@ def summary(run: Run, frame: pd.DataFrame) -> str:
         f"{_protocol(run)}. It is the fastest hybrid that keeps at least {KEEP:.0%} of the teacher's accuracy"
     )
     cost = [f"{count(best['tokens'])} training tokens"] if best["tokens"] >= 0 else []
-    minutes = hybrids[hybrids["stage"] <= best["stage"]]["minutes"].sum(skipna=False)
+    chosen = next(stage for stage in run.stages if stage.index == best["stage"])
+    spent = hybrids.set_index("stage")["minutes"]
+    minutes = sum(share * spent[stage.index] for stage, share in lineage_of(run.stages, chosen))
     cost += [f"{minutes:,.1f} minutes of training"] if minutes >= 0 else []
     return text + (f", and took {' and '.join(cost)}." if cost else ".")
 

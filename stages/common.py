@@ -6,8 +6,9 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from distill.data.traces import EMBEDDED
 from distill.errors import UserError
 from distill.hybrid.surgery import hybrid_config
 from distill.placement import ATTENTION, parse_name, replace
-from distill.records import Step, fingerprint, read_json, write_text
-from distill.schedule import Stage, build_schedule
+from distill.records import Step, dependents, fingerprint, forget, read_json, write_text
+from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
 from distill.teacher import resolve
 from eval.accuracy import task_manager
+from stages.lineage import kept, misplaced, stages_of, unrecorded
 from stages.targets import read_config
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
@@ -52,20 +54,30 @@ class Context:
     threads: int
     teacher: str
     """What the teacher is, for fingerprints: its config, and the contents of its files."""
-    data: Any
     """What the data files hold, for fingerprints."""
+    starts: dict[str, str] = field(default_factory=dict)
+    """What the hybrids hold that stages start from, by folder, for fingerprints."""
 
     def folder(self, stage: Stage, step: str) -> Path:
         """Where a step of a stage writes."""
         return self.run_dir / "stages" / stage.folder / step
 
-    def checkpoint(self, stage: Stage) -> Path:
-        """The distilled model of a stage."""
-        return self.folder(stage, "train") / "checkpoint"
+    def checkpoint(self, stage: Stage, step: int | None = None) -> Path:
+        """The distilled model of a stage, or what it was after ``step`` steps (if those are kept)."""
+        folder = self.folder(stage, "train")
+        return folder / "checkpoint" if step is None else kept(folder, step)
 
-    def before(self, stage: Stage) -> str:
-        """The model that a stage starts from: the teacher, or the stage before."""
-        return str(self.checkpoint(self.stages[stage.index - 1])) if stage.index else self.config.teacher
+    def before(self, stage: Stage) -> tuple[str, list[str]]:
+        """What a stage starts from: the model (a name or folder) and its placement, the mixer of every block.
+
+        Raises UserError while the earlier stage has not been trained.
+        """
+        start = stage.start
+        if start.stage is None:
+            return start.path or self.config.teacher, list(start.mixers) or [ATTENTION] * stage.num_blocks
+        source = self.stages[start.stage]
+        model = need(self.checkpoint(source, start.step), "train")
+        return str(model), read_json(self.folder(source, "place") / "placement.json")["mixers"]
 
     def rows(self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
         """Packed rows of the run's data; the seed says which."""
@@ -81,30 +93,32 @@ class Context:
         base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
         trained_on = {"threads": self.threads, "kernels": config.kernels}
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
-        for key in ("steps", "steps_by_stage", "save_steps"):
+        for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
             train.pop(key)
         data.pop("source" if config.data.mixture else "mixture")  # the one that is not used
         data["content"] = self.data
         measure = asdict(config.measure)
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
-        previous: dict[str, str] = {}
+        ends: list[dict[str, str]] = []  # the training of every stage
         for stage in self.stages:
+            start = stage.start
+            chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
             inputs = {
-                "score": {**base, "score": score, **trained, **trained_on},
+                "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name},
                 "swap": {**base, "mixer": mixer},
                 "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
             }
-            after = dict(previous)
+            after = {} if start.stage is None else ends[start.stage]
             for name, values in inputs.items():
                 step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after))
                 steps.append(step)
                 after = {step.name: step.fingerprint}
                 if name == "train":
-                    previous = dict(after)
+                    ends.append(after)
         return steps
 
     def step(self, stage: Stage, name: str) -> Step:
@@ -115,8 +129,8 @@ class Context:
 def open_run(target: str, overrides: list[str], *, force: bool = False, write: bool = True) -> Context:
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
-    With ``write`` the resolved config goes to ``run.yaml``. Steps that were finished with other inputs are
-    refused, or (``force``) forgotten together with all that depends on them.
+    With ``write`` the resolved config goes to ``run.yaml``, and what was finished with other inputs is refused, or
+    (``force``) forgotten together with all that depends on it.
     """
     config = read_config(target, overrides)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
@@ -124,7 +138,7 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
         config.threads = load_config(RunConfig, existing).threads
     threads = set_threads(config.threads)
     model = load_model_config(config.teacher)
-    stages = build_schedule(config, model.num_hidden_layers)
+    stages = stages_of(config, model)
     first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
     hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
     if write:
@@ -132,20 +146,13 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
         task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)
-    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data)
+    folders = {stage.start.path for stage in stages} - {""}
+    starts = {folder: f"hybrid {identity(folder, load_model_config(folder))}" for folder in sorted(folders)}
+    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data, starts)
     if write:
-        steps = context.steps()
-        stale: set[str] = set()
-        for step in steps:
-            if step.name in dependents(steps, stale):
-                continue
-            try:
-                step.check()
-            except UserError:
-                if not force:
-                    raise
-                stale.add(step.name)
-        forget(steps, stale)
+        check_finished(context, force=force)
+        for line in unrecorded(stages):
+            say(f"warning: {line}")
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(context.run_dir / "run.yaml", dump_config(config))
@@ -154,21 +161,46 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     return context
 
 
-def dependents(steps: list[Step], names: set[str]) -> set[str]:
-    """``names`` and every step that depends on one of them, directly or not."""
-    found = set(names)
-    for step in steps:  # in order, so that one pass reaches everything
-        if found & step.after.keys():
-            found.add(step.name)
-    return found
-
-
-def forget(steps: list[Step], names: set[str]) -> None:
-    """Remove what the steps ``names``, and all that depend on them, have written."""
-    gone = dependents(steps, names)
+def check_finished(context: Context, *, force: bool) -> None:
+    """Refuse what was finished with other inputs, or (``force``) remove it together with all that depends on it."""
+    for folder, stage in misplaced(context.run_dir, context.stages).items():
+        if not force:
+            raise UserError(
+                f"{folder} was made as stage {int(folder.name.split('-')[0])} of the schedule, and {stage.name} is now "
+                f"stage {stage.index + 1}: put new stages at the end (start_from says where each starts), take "
+                "another run_dir, or use --force to redo it under its new number"
+            )
+        shutil.rmtree(folder)
+    steps = context.steps()
+    stale: set[str] = set()
     for step in steps:
-        if step.name in gone:
-            step.forget()
+        if step.name in dependents(steps, stale):
+            continue
+        try:
+            step.check()
+            check_kept(context, step)
+        except UserError:
+            if not force:
+                raise
+            stale.add(step.name)
+    forget(steps, stale)
+
+
+def check_kept(context: Context, step: Step) -> None:
+    """Raise UserError where ``step`` is a finished training that did not keep what a later stage has to start from."""
+    for stage in context.stages:
+        start = stage.start
+        if start.stage is None or start.step is None or context.step(stage, "swap").done:
+            continue
+        source = context.stages[start.stage]
+        model = context.checkpoint(source, start.step)
+        if step.done and step.folder == context.folder(source, "train") and not model.is_dir():
+            found = ", ".join(str(int(path.name)) for path in sorted(model.parent.glob("[0-9]*"))) or "none"
+            raise UserError(
+                f"start_from.H1-{stage.replaced}={start.name}: {source.name} is trained already, and step {start.step} "
+                f"was not kept (kept: {found}). Start from one of those or from its end (H1-{source.replaced}), or "
+                f"use --force to train {source.name} again and redo what depends on it"
+            )
 
 
 def content(path: Path) -> str:
@@ -253,10 +285,3 @@ def begin(context: Context, stage: Stage, purpose: int) -> int:
     seed = context.seed(stage, purpose)
     set_seed(seed)
     return seed
-
-
-def lineage_tokens(context: Context, stage: Stage) -> int:
-    """Tokens trained on from the teacher up to and including a stage."""
-    return sum(
-        read_json(context.folder(each, "train") / "train.json")["tokens"] for each in context.stages[: stage.index + 1]
-    )

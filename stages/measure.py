@@ -17,7 +17,8 @@ from distill.records import read_json, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
 from eval import accuracy, throughput
-from stages.common import Context, begin, lineage_tokens, need, say, stage_main
+from stages.common import Context, begin, need, say, stage_main
+from stages.lineage import lineage_tokens
 
 
 def main(args: argparse.Namespace) -> int:
@@ -59,7 +60,7 @@ def measure(context: Context, stage: Stage, folder: Path) -> None:
         "name": stage.name,
         "replaced": stage.replaced,
         "num_blocks": stage.num_blocks,
-        "tokens": lineage_tokens(context, stage),
+        "tokens": lineage_tokens(context.config, context.stages, stage),
         "minutes": read_json(context.folder(stage, "train") / "train.json")["minutes"],
     }
     write_json(folder / "measure.json", {**record, **figures(context, {"teacher": teacher, stage.name: model})})

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.mixers import ATTENTION
 from distill.placement import hybrid_name, replace
 from distill.records import read_json, write_json
 from distill.schedule import Stage
@@ -30,9 +29,7 @@ def run_stage(context: Context, stage: Stage) -> bool:
 
 def place(context: Context, stage: Stage, folder: Path) -> None:
     scores = read_json(context.folder(stage, "score") / "scores.json")
-    before = [ATTENTION] * stage.num_blocks
-    if stage.index:
-        before = read_json(context.folder(context.stages[stage.index - 1], "place") / "placement.json")["mixers"]
+    _, before = context.before(stage)
     if stage.added > len(scores["order"]):
         raise UserError(f"{stage.name} adds {stage.added} blocks, but only {len(scores['order'])} were scored")
     added = sorted(scores["order"][: stage.added])

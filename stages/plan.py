@@ -23,9 +23,10 @@ from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, hybrid_config
 from distill.mixers import ATTENTION
 from distill.placement import replace
-from distill.schedule import Stage, build_schedule
+from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
 from stages.common import say
+from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.targets import read_config
 
 GB = 1e9
@@ -43,7 +44,7 @@ class Sizes:
 def main(args: argparse.Namespace) -> int:
     config = read_config(args.target, args.overrides)
     teacher = teacher_config(config)
-    stages = build_schedule(config, teacher.num_hidden_layers)
+    stages = stages_of(config, teacher)
     for line in plan(config, teacher, stages):
         say(line)
     return 0
@@ -127,12 +128,10 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"data      {describe(config.data)}",
         "",
         f"{'stage':12s}{'score':8s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
-        f"{'lineage':>10s}{'hours':>9s}",
+        f"{'lineage':>10s}{'hours':>9s}  start",
     ]
-    lineage = 0
     total_hours = 0.0
     for stage in stages:
-        lineage += stage.tokens
         candidates = blocks - stage.replaced + stage.added
         student = size.total + stage.replaced * (size.mixer - size.attention)
         step_flops = 6 * student + 2 * size.total + (2 * student if train.gradient_checkpointing else 0)
@@ -145,9 +144,11 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         lines.append(
             f"{stage.name:12s}{stage.scorer:8s}{candidates:11d}{stage.added:5d}"
             f"{stage.replaced * size.attention / 1e6:12,.1f}{stage.steps:9,d}{tokens(stage.tokens):>10s}"
-            f"{tokens(lineage):>10s}{hours:9.3g}"
+            f"{tokens(lineage_tokens(config, stages, stage)):>10s}{hours:9.3g}  {stage.start.name}"
         )
-    final = size.total + stages[-1].replaced * (size.mixer - size.attention)
+    lines += [f"warning: {line}" for line in unrecorded(stages)]
+    final = size.total + max(stage.replaced for stage in stages) * (size.mixer - size.attention)
+    models = sum(2 + len(stage.keep) for stage in stages)
     parts = memory(config, max(final, size.total), size.total, workers)
     each = sum(parts.values()) / workers
     act = activations(config, teacher, workers)
@@ -158,7 +159,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         "memory    "
         + ", ".join(f"{name} {value / GB:,.3g} GB" for name, value in parts.items())
         + f"; a device {each / GB:,.3g} GB if sharded over all, plus about {act / GB:,.3g} GB of activations",
-        f"disk      {len(stages) * 2 * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
+        f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
     return lines
 

@@ -2,8 +2,9 @@
 
     distill score demo            (or: distill score runs/demo --stage H1-7)
 
-CONFIG or RUN. The first stage uses LOO (accuracy lost when a block is the identity), later ones MMR (loss after a
-short distillation with the block swapped), as in Apriel-H1, section 3.1. Writes ``score/scores.json``.
+CONFIG or RUN. A stage that starts from the teacher uses LOO (accuracy lost when a block is the identity), later ones
+MMR (loss after a short distillation with the block swapped), as in Apriel-H1, section 3.1. Writes
+``score/scores.json``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from distill.importance import Setup, scorer
-from distill.mixers import ATTENTION, set_kernels
+from distill.mixers import set_kernels
 from distill.placement import replaced_blocks
 from distill.records import write_json
 from distill.schedule import Stage
 from distill.teacher import RememberingTeacher, load_model, load_tokenizer
 from eval.loglikelihood import prepare
-from stages.common import HELD_OUT_SEED, Context, begin, need, say, stage_main
+from stages.common import HELD_OUT_SEED, Context, begin, say, stage_main
 
 
 def main(args: argparse.Namespace) -> int:
@@ -28,8 +29,7 @@ def main(args: argparse.Namespace) -> int:
 
 def run_stage(context: Context, stage: Stage) -> bool:
     """Score the blocks for one stage; returns whether there was anything to do."""
-    if stage.index:
-        need(context.checkpoint(context.stages[stage.index - 1]), "train")
+    context.before(stage)  # it must be there
     return context.step(stage, "score").perform(lambda folder: score(context, stage, folder))
 
 
@@ -39,9 +39,9 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
     tokenizer = load_tokenizer(config.teacher)
     teacher = RememberingTeacher(load_model(config.teacher, config.dtype))  # every candidate sees the same rows
     dtype = "float32" if stage.scorer == "mmr" else config.dtype  # what is trained has float32 weights
-    model = load_model(context.before(stage), dtype)
+    start, mixers = context.before(stage)
+    model = load_model(start, dtype)
     set_kernels(model, config.kernels)
-    mixers = getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers
     converted = set(replaced_blocks(mixers))
     blocks = [block for block in range(len(mixers)) if block not in converted]
     options = config.score

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from distill.config import RunConfig, SlurmConfig
 from distill.errors import UserError
-from distill.schedule import build_schedule
 from stages.common import say
+from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.targets import read_config
 
@@ -35,7 +35,7 @@ class Job:
 
 def main(args: argparse.Namespace) -> int:
     config = read_config(args.target, args.overrides)
-    names = [(s.folder, s.name) for s in build_schedule(config, teacher_config(config).num_hidden_layers)]
+    names = [(s.folder, s.name) for s in stages_of(config, teacher_config(config))]
     jobs = jobs_of(config, args.target, args.overrides, names)
     if not args.dry_run:
         raise UserError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distill.hybrid.surgery import hybridize
 from distill.records import read_json
-from distill.schedule import Stage
+from distill.schedule import TEACHER, Stage
 from distill.teacher import load_model, load_tokenizer
 from stages.common import Context, begin, need, say, stage_main
 
@@ -31,9 +31,10 @@ def swap(context: Context, stage: Stage, folder: Path) -> None:
     config = context.config
     begin(context, stage, 2)
     placement = read_json(context.folder(stage, "place") / "placement.json")
-    dtype = "float32" if stage.index else config.dtype  # what has been trained keeps its float32 weights
-    model = load_model(context.before(stage), dtype)
+    start, _ = context.before(stage)
+    dtype = config.dtype if stage.start.name == TEACHER else "float32"  # what was trained keeps its float32 weights
+    model = load_model(start, dtype)
     hybrid = hybridize(model, placement["mixers"], config.mixer, seed=config.seed)
     hybrid.save_pretrained(folder / "checkpoint")
     load_tokenizer(config.teacher).save_pretrained(folder / "checkpoint")
-    say(f"{stage.name}: {len(placement['added'])} mixers start from {config.mixer.init}")
+    say(f"{stage.name}: {len(placement['added'])} mixers of {stage.start.name} start from {config.mixer.init}")

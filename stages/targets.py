@@ -77,6 +77,7 @@ def check(config: RunConfig) -> None:
         "measure.batch_size": config.measure.batch_size,
         "measure.throughput.repeats": throughput.repeats,
         **{f"train.steps_by_stage[{i}]": steps for i, steps in enumerate([*train.steps_by_stage, train.steps])},
+        **{f"train.keep_steps[{i}]": step for i, step in enumerate(train.keep_steps)},
         **{f"measure.throughput.batches[{i}]": b for i, b in enumerate(throughput.batches)},
         **{f"measure.throughput.contexts[{i}]": c for i, c in enumerate(throughput.contexts)},
     }

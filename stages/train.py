@@ -3,23 +3,35 @@
     distill train demo            (or: distill train runs/demo --stage 2)
 
 CONFIG or RUN. Reverse KL by default, everything trainable, AdamW with warm-up and linear decay, on packed reasoning
-traces. Continues from its newest checkpoint if it was cut short. Writes ``train/checkpoint``, ``log.jsonl`` and
-``train.json``.
+traces. Continues from its newest checkpoint if it was cut short. Writes ``train/checkpoint``, ``log.jsonl``,
+``train.json``, and the weights after chosen steps (``train.keep_steps``) in ``train/steps/000200``.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.mixers import set_kernels
 from distill.records import read_json, write_json
 from distill.schedule import Stage
 from distill.teacher import Teacher, load_model, load_tokenizer
-from distill.trainer import DistillTrainer, append_line, fit, heldout_loss, training_arguments
+from distill.trainer import (
+    DistillTrainer,
+    KeepSteps,
+    append_line,
+    fit,
+    heldout_loss,
+    logged_minutes,
+    training_arguments,
+)
 from stages.common import HELD_OUT_SEED, Context, begin, need, say, stage_main
+from stages.lineage import kept, lineage
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,12 +59,27 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     def held_out_loss() -> float:
         return heldout_loss(student, teacher, heldout, options.batch_size, options.loss, options.temperature)
 
+    def save(target: Path, step: int | None = None) -> None:
+        cache, student.config.use_cache = student.config.use_cache, True
+        student.save_pretrained(target)
+        student.config.use_cache = cache
+        tokenizer.save_pretrained(target)
+        write_json(target / "lineage.json", lineage(config, context.stages, stage, step))
+
+    def keep(step: int) -> None:
+        target, partial = kept(folder, step), folder / "steps" / "partial"
+        for path in (target, partial):
+            shutil.rmtree(path, ignore_errors=True)
+        save(partial, step)
+        os.replace(partial, target)
+
     start_file = folder / "start.json"
     if not start_file.is_file():
         write_json(start_file, held_out_loss())
     start = read_json(start_file)
     say(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
-    began = time.monotonic()
+    rewind(folder, stage.keep)
+    earlier, began = logged_minutes(log), time.monotonic()
     arguments = training_arguments(options, stage.steps, folder / "checkpoints", seed, config.dtype)
     fit(
         DistillTrainer,
@@ -61,23 +88,23 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         arguments,
         title=stage.name,
         log=log,
+        callbacks=[KeepSteps(stage.keep, keep)],
         teacher=teacher,
         loss=options.loss,
         temperature=options.temperature,
         mixer_learning_rate=options.mixer_learning_rate,
     )
-    minutes = (time.monotonic() - began) / 60
+    minutes = earlier + (time.monotonic() - began) / 60
     end = held_out_loss()
     for step, loss in ((0, start), (stage.steps, end)):
         append_line(log, {"step": step, "eval_loss": loss})
-    student.config.use_cache = True
-    student.save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
+    save(folder / "checkpoint")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     start_file.unlink()
     write_json(
         folder / "train.json",
         {
+            "start": stage.start.name,
             "steps": stage.steps,
             "tokens": stage.tokens,
             "minutes": round(minutes, 3),
@@ -87,3 +114,13 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         },
     )
     say(f"{stage.name}: held-out {options.loss} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
+
+
+def rewind(folder: Path, keep: Sequence[int]) -> None:
+    """Remove the checkpoints of an unfinished training that lie past a step which is to be kept and was not."""
+    first = min((step for step in keep if not kept(folder, step).is_dir()), default=math.inf)
+    late = [path for path in folder.glob("checkpoints/checkpoint-*") if int(path.name.split("-")[1]) >= first]
+    for path in late:
+        shutil.rmtree(path)
+    if late:
+        say(f"step {first} is to be kept and was not: training goes back to before it")

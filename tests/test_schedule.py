@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from distill.config import DataConfig, RunConfig, ScoreConfig, TrainConfig
 from distill.errors import UserError
 from distill.schedule import PAPER_BLOCKS, PAPER_SCHEDULE, build_schedule, scaled
+from stages.lineage import lineage, lineage_tokens
 
 
 def test_the_paper() -> None:
@@ -100,3 +103,45 @@ def test_one_budget_a_stage(steps: list[int]) -> None:
     config = RunConfig(schedule=[5, 7], train=TrainConfig(steps_by_stage=steps))
     with pytest.raises(UserError, match=rf"steps_by_stage has {len(steps)} entries for 2 stages \[5, 7\]"):
         build_schedule(config, 10)
+
+
+def test_a_chosen_start() -> None:
+    """What a stage adds, how it is scored, and what is kept follow from its start."""
+    config = RunConfig(
+        schedule=[5, 7, 8, 6],
+        start_from={"H1-7": "H1-5@20", "h1-8/10": "H1-5/10", "H1-6": "teacher"},
+        train=TrainConfig(steps=30, keep_steps=[10, 30]),
+    )
+    stages = build_schedule(config, 10)
+    assert [stage.start.name for stage in stages] == ["teacher", "H1-5/10@20", "H1-5/10", "teacher"]
+    assert [stage.added for stage in stages] == [5, 2, 3, 6]
+    assert [stage.scorer for stage in stages] == ["loo", "mmr", "mmr", "loo"]
+    assert [stage.keep for stage in stages] == [(10, 20, 30), (10, 30), (10, 30), (10, 30)]
+    assert [stage.branches for stage in stages] == [False, True, True, True]
+    assert [stage.folder for stage in stages] == ["01-H1-5", "02-H1-7", "03-H1-8", "04-H1-6"]
+    named = build_schedule(RunConfig(schedule=[5, 7], start_from={"H1-5": "teacher", "H1-7": "H1-5@100"}), 10)
+    assert named == build_schedule(RunConfig(schedule=[5, 7]), 10), "what is the default anyway changes nothing"
+    short = RunConfig(schedule=[5, 7], train=TrainConfig(steps_by_stage=[10, 30], keep_steps=[20]))
+    assert [stage.keep for stage in build_schedule(short, 10)] == [(), (20,)]
+
+
+def test_a_start_in_a_folder(tmp_path: Path) -> None:
+    """The number of blocks that it has replaced is read from its config.json."""
+    (tmp_path / "config.json").write_text(json.dumps({"mixers": ["mamba1", "attention", "mamba1", "attention"]}))
+    (stage,) = build_schedule(RunConfig(schedule=[3], start_from={"H1-3": str(tmp_path)}), 4)
+    assert (stage.added, stage.scorer, stage.branches) == (1, "mmr", True)
+    assert stage.start.mixers == ("mamba1", "attention", "mamba1", "attention")
+    with pytest.raises(UserError, match="2 blocks are replaced there already; H1-2 needs a start with fewer than 2"):
+        build_schedule(RunConfig(schedule=[2], start_from={"H1-2": str(tmp_path)}), 4)
+
+
+def test_tokens_are_counted_along_the_lineage() -> None:
+    config = RunConfig(
+        schedule=[5, 7, 8],
+        start_from={"H1-7": "H1-5@20", "H1-8": "H1-7@1"},
+        train=TrainConfig(steps_by_stage=[30, 10, 3], batch_size=2, gradient_accumulation=2),
+        data=DataConfig(sequence_length=100),
+    )
+    stages = build_schedule(config, 10)
+    assert [lineage_tokens(config, stages, stage) for stage in stages] == [6000, 4000 + 2000, 4000 + 200 + 600]
+    assert [entry["steps"] for entry in lineage(config, stages, stages[2])] == [20, 1, 3]

@@ -44,6 +44,16 @@ def hybrid_config(config: Any, mixers: Sequence[str], mixer: MixerConfig) -> Any
     return hybrid
 
 
+def check_options(config: Any, mixer: MixerConfig) -> None:
+    """Raise UserError where the mixers that a model has already are shaped otherwise than ``mixer`` says."""
+    if not replaced_blocks(getattr(config, "mixers", None) or []):
+        return
+    wanted = mixer_options(mixer)
+    for key, old in config.mixer_config.items():
+        if key != "conv_init" and old != wanted[key]:
+            raise UserError(f"mixer.{key}={wanted[key]}, but the mixers already there have {key}={old}")
+
+
 def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: int = 0) -> Any:
     """A hybrid with placement ``mixers`` from ``model`` (a teacher, or a hybrid with fewer blocks replaced).
 
@@ -60,12 +70,7 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
     for block in changed:
         if before[block] != ATTENTION:
             raise UserError(f"block {block} has mixer '{before[block]}' already; only attention can be replaced")
-    if replaced_blocks(before):
-        for key, old in model.config.mixer_config.items():
-            if key != "conv_init" and old != config.mixer_config[key]:
-                raise UserError(
-                    f"mixer.{key}={config.mixer_config[key]}, but the mixers already there have {key}={old}"
-                )
+    check_options(model.config, mixer)
     _, model_class = FAMILIES[config.model_type.removeprefix("hybrid_")]
     with torch.random.fork_rng():
         hybrid = model_class(config).to(model.dtype)

@@ -24,7 +24,7 @@ from distill.errors import UserError
 from eval import drawing, figures
 from eval.page import NOT_MEASURED, aligned
 from eval.page import table as html_table
-from eval.pareto import loss_frame, on_frontier, read_run, stage_frame, throughput_frame
+from eval.pareto import lineage_of, loss_frame, on_frontier, read_run, stage_frame, throughput_frame
 from eval.report import TERMINAL, missing, plots_of, summary, table, table_rows, write_report
 
 BLOCKS = 10
@@ -428,6 +428,24 @@ def test_a_report_leaves_no_temporary_files(full: Path) -> None:
 def test_summary(tmp_path: Path, stages: dict[int, Any], words: str) -> None:
     run = read_run(build_run(tmp_path / "run", stages, steps=3))
     assert words in summary(run, stage_frame(run))
+
+
+def test_cost_follows_the_lineage(tmp_path: Path) -> None:
+    """A stage from the middle of another costs that part of it; one from the teacher, nothing of the others."""
+    path = build_run(tmp_path / "run", {5: STAGES[5], 7: ([2, 3], 0.98, 1.9)}, steps=4)
+    file = path / "stages/02-H1-7/train/train.json"
+    record = json.loads(file.read_text())
+    for start, shares, minutes in (
+        (None, [1.0, 1.0], "4.6"),
+        ("H1-5/10", [1.0, 1.0], "4.6"),
+        ("H1-5/10@1", [0.25, 1.0], "2.9"),
+        ("teacher", [1.0], "2.3"),
+        ("other/checkpoint", [1.0], "2.3"),
+    ):
+        write_json(file, record if start is None else {**record, "start": start})
+        run = read_run(path)
+        assert [share for _, share in lineage_of(run.stages, run.stages[1])] == shares
+        assert f"{minutes} minutes of training" in summary(run, stage_frame(run))
 
 
 def test_summary_without_speed(tmp_path: Path) -> None:
