@@ -54,6 +54,7 @@ class Context:
     threads: int
     teacher: str
     """What the teacher is, for fingerprints: its config, and the contents of its files."""
+    data: Any
     """What the data files hold, for fingerprints."""
     starts: dict[str, str] = field(default_factory=dict)
     """What the hybrids hold that stages start from, by folder, for fingerprints."""
