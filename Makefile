@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-slow smoke lint teacher clean
+.PHONY: demo test test-slow smoke lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -24,6 +24,10 @@ lint: $(STAMP)
 teacher: $(STAMP)  ## train the embedded teacher again and put it in place (about two hours on 2 cores)
 	$(BIN)/distill pretrain teacher output=runs/teacher
 	mkdir -p distill/data/teacher && find runs/teacher -maxdepth 1 -type f -exec install -m 644 {} distill/data/teacher/ \;
+
+teacher-scores: $(STAMP)  ## score the shipped teacher on the held-out suites again, without training
+	rm -f distill/data/teacher/scores.json
+	$(BIN)/distill pretrain teacher output=distill/data/teacher
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
