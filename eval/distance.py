@@ -30,7 +30,8 @@ def wilson(value: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """The Wilson interval (95%) of a fraction ``value`` of ``count`` questions: at 0 and 1 too it has a width."""
     middle = value + z * z / (2 * count)
     half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    whole = 1 + z * z / count
+    return max((middle - half) / whole, 0.0), min((middle + half) / whole, 1.0)  # against rounding at 0 and 1
 
 
 def distance_frame(run: Run) -> pd.DataFrame:
