@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-slow smoke lint teacher clean
+.PHONY: demo test test-slow smoke lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -24,10 +24,13 @@ lint: $(STAMP)
 teacher: $(STAMP)  ## train the embedded teacher again, both phases, and put it in place (about two hours on 2 cores)
 	$(BIN)/distill pretrain teacher output=runs/teacher
 	$(BIN)/distill pretrain teacher_polish start=runs/teacher output=runs/teacher_polish
-	for part in model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja scores.json; do \
-		install -m 644 runs/teacher_polish/$$part distill/data/teacher/; done
-	for part in recipe.yaml:recipe_1.yaml log.jsonl:log_1.jsonl; do install -m 644 runs/teacher/$${part%:*} distill/data/teacher/$${part#*:}; done
-	for part in recipe.yaml:recipe_2.yaml log.jsonl:log_2.jsonl; do install -m 644 runs/teacher_polish/$${part%:*} distill/data/teacher/$${part#*:}; done
+	find runs/teacher_polish -maxdepth 1 -type f -exec install -m 644 {} distill/data/teacher/ \;
+	install -m 644 runs/teacher/recipe.yaml distill/data/teacher/recipe_1.yaml
+	install -m 644 runs/teacher/log.jsonl distill/data/teacher/log_1.jsonl
+
+teacher-scores: $(STAMP)  ## score the shipped teacher on the held-out suites again, without training
+	rm -f distill/data/teacher/scores.json
+	$(BIN)/distill pretrain teacher_polish output=distill/data/teacher
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -124,8 +124,8 @@ class Bench:
         student.eval()
         result = {"arm": asdict(arm), "tokens": arm.tokens, "start": start, "end": self.losses(student)}
         if arm.generate:
-            rows_of_suite = accuracy.evaluate(student, self.tokenizer, ["embedded_generative"], [], batch_size=500)
-            families = {row["task"]: row["value"] for row in rows_of_suite}
+            scores = accuracy.evaluate(student, self.tokenizer, ["embedded_generative"], [], batch_size=500)
+            families = {row["task"]: row["value"] for row in scores.rows}
             result |= {"families": families, "accuracy": mean(families.values())}
         student.save_pretrained(self.folder / arm.name)
         result |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}

@@ -36,6 +36,7 @@ MIXERS = {
 }
 SPARE_MIXERS = ("#b5543c", "#6f6bd0", "#4f8f3c", "#a8742a")
 STAGE_RAMP = ("#7566d2", "#ad52b8", "#d24f86", "#dc6250", "#d1832b")
+BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "bytes": 1.0}
 
 STYLE = {
     "font.family": "DejaVu Sans",

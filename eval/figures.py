@@ -18,6 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from eval.drawing import (
+    BYTES,
     INK,
     MIXERS,
     MUTED,
@@ -219,8 +220,7 @@ def decode_time(frame: pd.DataFrame, width: float = WIDE) -> Figure:
 @styled
 def cache(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     """Bytes of the decoding cache against context, a panel per batch, from `eval.pareto.throughput_frame`."""
-    units = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "bytes": 1.0}
-    return _panels(frame, "cache_bytes", units, "cache", width)
+    return _panels(frame, "cache_bytes", BYTES, "cache", width)
 
 
 def _panels(frame: pd.DataFrame, value: str, units: Mapping[str, float], label: str, width: float) -> Figure:

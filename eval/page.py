@@ -99,6 +99,12 @@ CAPTIONS = {
         "stand the training tokens spent along its lineage. From the step <code>measure</code> of the "
         "teacher and of every stage.",
     ),
+    "distance": (
+        "Accuracy by distance",
+        "Per cent of the answers that are right, by how far they must reach. The shade deepens with what is wrong; "
+        "bold stands apart from the teacher (95% Wilson intervals that do not meet), any other difference may be "
+        "chance. From the step <code>measure</code>; with the intervals in by_distance.csv.",
+    ),
     "placement": (
         "Placement",
         "The mixer of every block after every stage. The number in a cell is the stage that converted the "
@@ -134,8 +140,9 @@ MMR = (
 TABLE = (
     "Accuracies in per cent, ± one standard error; a mean stands where all its tasks were measured. ● is "
     "on the Pareto frontier. Tokens/s: output tokens{protocol}; vs teacher: against the teacher timed in "
-    "the same run. Tokens count along the lineage; min: minutes of the stage's own training. From the "
-    "steps <code>measure</code> and <code>train</code>; in full precision in stages.csv."
+    "the same run. KV + state: keys and values + states of the other mixers in the cache of the whole batch"
+    "{cache}. Tokens count along the lineage; min: minutes of the stage's own training. From the steps "
+    " <code>measure</code> and <code>train</code>; in full precision in stages.csv."
 )
 
 PAGE = """<!doctype html>

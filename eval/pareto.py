@@ -27,9 +27,14 @@ STEPS = {
 LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "score": {"blocks": ("block",)},
     "place": {"mixers": (), "added": ()},
-    "measure": {"accuracy": ("task", "kind"), "throughput": ("model", "batch", "context")},
+    "measure": {
+        "accuracy": ("task", "kind"),
+        "throughput": ("model", "batch", "context"),
+        "by_distance": ("task", "distance", "value", "n"),
+    },
 }
-"""The lists that a record must hold, and what each of their entries must hold."""
+"""The lists that a record must hold (of `OPTIONAL`: may), and what each of their entries must hold."""
+OPTIONAL = ("by_distance",)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def stage_frame(run: Run) -> pd.DataFrame:
 
     Columns: stage, name, replaced, num_blocks, parameters, ``<task>`` and ``<task>_stderr`` for each task,
     generative, multiple_choice (means over the tasks of a kind) and their ``_stderr``, tokens_per_second,
-    teacher_tokens_per_second, ratio, tokens (along the lineage), minutes, frontier.
+    teacher_tokens_per_second, ratio, tokens (along the lineage), minutes, kv_bytes and state_bytes (the cache of
+    the whole batch at the largest batch and its longest context: cache_batch, cache_context), frontier.
     A mean stands only if every task of its kind was measured, so that means compare like with like. If a task
     has several metrics, the first one listed counts. Accuracies are fractions.
     """
@@ -137,6 +143,8 @@ def stage_frame(run: Run) -> pd.DataFrame:
     rows += [_row(s.name, s.index, s.records["measure"], s.records["train"], tasks) for s in run.stages]
     if math.isnan(rows[0]["tokens_per_second"]):  # the stages timed the teacher too
         rows[0]["tokens_per_second"] = float(pd.Series([r["teacher_tokens_per_second"] for r in rows]).median())
+    measures = [run.teacher, *(stage.records["measure"] for stage in run.stages)]
+    rows[0] |= _cache(next((measure for measure in measures if measure), {}), teacher=True)
     rows[0]["ratio"] = 1.0 if rows[0]["tokens_per_second"] > 0 else math.nan
     frame = pd.DataFrame(rows)
     frame["frontier"] = on_frontier(frame)
@@ -237,7 +245,15 @@ def _row(
         "tokens": number(measure, "tokens"),
         "minutes": number(measure, "minutes") if "minutes" in measure or not train else number(train, "minutes"),
     }
-    return row
+    return row | _cache(measure, teacher=index == 0)
+
+
+def _cache(measure: Record, teacher: bool) -> dict[str, float]:
+    """Bytes of the cache at the largest batch and its longest context, of the teacher or of the hybrid beside it."""
+    rows = [row for row in measure.get("throughput") or [] if (row["model"] == "teacher") == teacher]
+    last: Record = max(rows, key=lambda row: (row["batch"], row["context"]), default={})
+    keys = {"kv_bytes": "kv_bytes", "state_bytes": "state_bytes", "cache_batch": "batch", "cache_context": "context"}
+    return {key: number(last, of) for key, of in keys.items()}
 
 
 def _read_record(file: Path, step: str) -> Record | None:
@@ -250,7 +266,7 @@ def _read_record(file: Path, step: str) -> Record | None:
         raise UserError(f"{error}; {remedy}") from error
     broken = "" if isinstance(record, dict) else f"a {type(record).__name__} instead of an object"
     for name, keys in {} if broken else LISTS.get(step, {}).items():
-        entries = record.get(name)
+        entries = record.get(name, [] if name in OPTIONAL else None)
         if not isinstance(entries, list):
             broken = f"no list '{name}'"
         elif keys and not all(isinstance(entry, dict) and entry.keys() >= set(keys) for entry in entries):

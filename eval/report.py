@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from distill.errors import UserError
 from distill.records import write_text
-from eval import figures, page
-from eval.drawing import NARROW, WIDE, count, png, svg
+from eval import distance, figures, page
+from eval.drawing import BYTES, NARROW, WIDE, count, fitting_unit, png, svg
 from eval.page import NOT_MEASURED, PLUS_MINUS
 from eval.pareto import (
     Record,
@@ -40,7 +40,7 @@ from eval.pareto import (
 )
 
 TIMES, DASH, MINUS = "\u00d7", "\u2013", "\u2212"
-TERMINAL = 120
+TERMINAL = 100
 """Columns of a terminal that the table may fill before it is cut in two."""
 KEEP = 0.95
 """Share of the teacher's mean generative accuracy that a hybrid must keep to be called a success."""
@@ -58,7 +58,8 @@ class Plot:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report/ (report.html, stages.csv, one PNG per figure) and return the path of the page.
+    """Write RUN/report/ (report.html, stages.csv, by_distance.csv where that was measured, one PNG per figure) and
+    return the path of the page.
 
     Raises UserError where RUN is no run folder, has broken records or cannot be written to.
     """
@@ -67,6 +68,9 @@ def write_report(run: Path) -> Path:
     plots = plots_of(records, frame)
     images = {f"{plot.name}.png": png(plot.draw(WIDE)) for plot in plots if plot.draw}
     texts = {"stages.csv": frame.to_csv(index=False), "report.html": html_page(records, frame, plots)}
+    distances = distance.distance_frame(records)
+    if len(distances):
+        texts["by_distance.csv"] = distances.to_csv(index=False)
     folder = run / "report"
     try:
         folder.mkdir(exist_ok=True)
@@ -80,10 +84,11 @@ def write_report(run: Path) -> Path:
 
 
 def table(run: Path) -> str:
-    """The stage table for the terminal; where that is too narrow, accuracy above and speed and cost below."""
+    """The stage table for the terminal; where that is too narrow, the tasks above, means, speed and cost below."""
     records = read_run(run)
-    rows = table_rows(stage_frame(records), tasks_of(records))
-    whole, split = page.aligned(rows), len(rows[0]) - 4
+    tasks = tasks_of(records)
+    rows = table_rows(stage_frame(records), tasks)
+    whole, split = page.aligned(rows), 1 + len(tasks)
     if max(map(len, whole.splitlines())) <= TERMINAL:
         return whole
     accuracy, cost = [row[:split] for row in rows], [[row[0], *row[split:]] for row in rows]
@@ -97,7 +102,9 @@ def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
     """
     kinds = {"generative": "mean generative", "multiple_choice": "mean choice"}
     kinds = {kind: title for kind, title in kinds.items() if list(tasks.values()).count(kind) > 1}
-    header = ["model", *tasks, *kinds.values(), "tokens/s", "vs teacher", "tokens", "min"]
+    scale, unit = fitting_unit((frame["kv_bytes"] + frame["state_bytes"]).max(), BYTES)
+    cache = f"KV + state {unit}"
+    header = ["model", *tasks, *kinds.values(), "tokens/s", "vs teacher", cache, "tokens", "min"]
     rows = [header]
     for _, row in frame.iterrows():
         teacher = row["stage"] == 0
@@ -107,6 +114,7 @@ def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
                 *(percent(row[key], row[f"{key}_stderr"]) for key in [*tasks, *kinds]),
                 speed(row["tokens_per_second"]),
                 measured(row["ratio"], "{:.2f}" + TIMES),
+                measured(row["state_bytes"] / scale, f"{row['kv_bytes'] / scale:.1f} + {{:.1f}}"),
                 DASH if teacher else count(row["tokens"]) if row["tokens"] >= 0 else NOT_MEASURED,
                 DASH if teacher else measured(row["minutes"], "{:,.1f}"),
             ]
@@ -168,7 +176,8 @@ def missing(run: Run) -> list[str]:
 def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     """The figures of the page in their order; one whose records are not there yet has no `draw`."""
     placed = [stage for stage in run.stages if stage.records["place"]]
-    losses, decode = loss_frame(run), throughput_frame(run)
+    losses, decode, distances = loss_frame(run), throughput_frame(run), distance.distance_frame(run)
+    reach = escape(distance.told(distances))
 
     def plot(name: str, draw: Callable[..., Figure], data: Any, ready: bool, extra: str = "") -> Plot:
         section, caption = page.CAPTIONS[name]
@@ -179,6 +188,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
 
     return [
         plot("pareto", figures.pareto, frame, has(frame, "tokens_per_second", "generative"), _uneven(frame)),
+        *([plot("distance", distance.by_distance, distances, True, reach)] if len(distances) else []),
         plot("placement", figures.placement, placed, bool(placed)),
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", figures.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
@@ -217,7 +227,7 @@ def html_page(run: Run, frame: pd.DataFrame, plots: list[Plot]) -> str:
         images = {size: svg(draw(width), f"{plot.name}-{size}") for size, width in sizes.items()} if draw else {}
         parts.append(page.figure(section, plot.title, images, plot.caption))
         if plot.name == "pareto":
-            caption = page.TABLE.format(protocol=escape(_protocol(run)))
+            caption = page.TABLE.format(protocol=escape(_protocol(run)), cache=_at_cache(frame))
             rows = table_rows(frame, tasks_of(run))
             parts += [page.heading("Stages"), page.table(rows, list(frame["frontier"]), caption)]
     config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else NOT_MEASURED
@@ -267,6 +277,12 @@ def _protocol(run: Run) -> str:
         if "batch" in headline and "output_tokens" in headline:
             return f" (batch {headline['batch']}, 1 token in, {headline['output_tokens']:,} out)"
     return ""
+
+
+def _at_cache(frame: pd.DataFrame) -> str:
+    """At which batch and context the table's cache bytes were taken."""
+    known = frame[["cache_batch", "cache_context"]].dropna().max()
+    return "" if known.isna().any() else f" (batch {known.iloc[0]:.0f}, context {known.iloc[1]:,.0f})"
 
 
 def _uneven(frame: pd.DataFrame) -> str:

@@ -25,7 +25,7 @@ def measure(
 
     Returns:
         Rows of model, batch, context, step_seconds (median) with quartiles ``_low`` and ``_high``,
-        tokens_per_second and cache_bytes.
+        tokens_per_second and, of the whole batch, cache_bytes = kv_bytes + state_bytes.
     """
     contexts = sorted({1, options.output_tokens, *options.contexts})
     rows: list[dict[str, Any]] = []
@@ -40,6 +40,7 @@ def measure(
                     if repeat:  # the first is a warm-up
                         times[name].append(seconds)
             for name, decoder in decoders.items():
+                held = decoder.cache_bytes()
                 low, median, high = np.quantile(times[name], [0.25, 0.5, 0.75]).tolist()
                 rows.append(
                     {
@@ -50,7 +51,8 @@ def measure(
                         "step_seconds_low": low,
                         "step_seconds_high": high,
                         "tokens_per_second": batch / median,
-                        "cache_bytes": decoder.cache_bytes(),
+                        "cache_bytes": sum(held.values()),
+                        **held,
                     }
                 )
             speeds = ", ".join(f"{r['model']} {r['tokens_per_second']:,.0f}" for r in rows[-len(models) :])

@@ -70,7 +70,7 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
     """Accuracy of the last of ``models``, and throughput of all of them in turns."""
     options = context.config.measure
     name, model = list(models.items())[-1]
-    rows = accuracy.evaluate(
+    scores = accuracy.evaluate(
         model,
         load_tokenizer(context.config.teacher),
         options.generative,
@@ -79,12 +79,12 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
     )
-    for row in rows:
-        say(f"  {row['task']:18s} {row['metric']} {100 * row['value']:5.1f}% +- {100 * row['stderr']:.1f}")
+    for line in scores.lines():
+        say(line)
     speeds = throughput.measure(models, options.throughput, lambda line: say(f"  {line}"))
     return {
         "parameters": model.num_parameters(),
-        "accuracy": rows,
+        **scores.record,
         "throughput": speeds,
         "headline": throughput.headline(speeds, "teacher", name, options.throughput),
     }

@@ -4,13 +4,17 @@
 
 CONFIG is a YAML file, or the short name of one we ship (``teacher``). Writes a Hugging Face folder (bf16
 safetensors, tokenizer) with the recipe, the training log and the held-out scores beside it. Interrupted, the
-same command continues from the newest checkpoint.
+same command continues from the newest checkpoint; finished, it prints the scores, which it measures again where
+scores.json was removed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -19,8 +23,8 @@ from distill.config import PretrainConfig, dump_config, load_config
 from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.errors import UserError
-from distill.records import write_json, write_text
-from distill.teacher import load_model
+from distill.records import differences, read_json, write_json, write_text
+from distill.teacher import load_model, load_tokenizer
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
 from stages.common import say, set_threads
@@ -33,16 +37,45 @@ def main(args: argparse.Namespace) -> int:
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train the model that ``config`` describes; returns the folder written."""
+    """Train the model that ``config`` describes, unless its folder holds it already, and score it; returns the
+    folder.
+
+    Raises UserError where the data cannot be had, or the folder holds a model of another recipe.
+    """
     check_data(config.data)
-    set_threads(config.threads)
-    set_seed(config.seed)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    settle_recipe(config, output)
+    if (output / "model.safetensors").is_file():
+        say(f"{output} holds the trained model: nothing is trained")
+    else:
+        train(config, output)
+    for line in score(output).lines():
+        say(line)
+    return output
+
+
+def settle_recipe(config: PretrainConfig, output: Path) -> None:
+    """Write the resolved config to ``recipe.yaml``, or check that the one there is equal. Keys that it lacks have
+    their defaults, and the number of threads is the one it began with unless ``config`` names one."""
     recipe = output / "recipe.yaml"
-    if recipe.is_file() and load_config(PretrainConfig, recipe) != config:
-        raise UserError(f"{recipe} is another recipe: choose another output, or remove {output}")
-    write_text(recipe, dump_config(config))
+    if recipe.is_file():
+        begun = load_config(PretrainConfig, recipe)
+        config.threads = config.threads or begun.threads
+        old, new = asdict(begun), asdict(config)
+        if changed := differences({**old, "output": ""}, {**new, "output": ""}):
+            lines = "\n  ".join(changed[:3])
+            raise UserError(f"{recipe} is another recipe:\n  {lines}\nchoose another output, or remove {output}")
+    elif (output / "model.safetensors").is_file():
+        raise UserError(f"{output} holds a model without its recipe.yaml: choose another output")
+    config.threads = set_threads(config.threads)
+    if not recipe.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, dump_config(config))
+
+
+def train(config: PretrainConfig, output: Path) -> None:
+    """Train, and write the model as bf16: its weights last, so that where they are all else is too."""
+    set_seed(config.seed)
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     if config.start:
@@ -50,17 +83,28 @@ def pretrain(config: PretrainConfig) -> Path:
     else:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
     say(f"teacher: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} blocks")
-    train = config.train
-    rows = load_data(config.data, tokenizer, train.steps * train.batch_size, config.seed)
-    arguments = training_arguments(train, train.steps, output / "checkpoints", config.seed)
+    options = config.train
+    rows = load_data(config.data, tokenizer, options.steps * options.batch_size, config.seed)
+    arguments = training_arguments(options, options.steps, output / "checkpoints", config.seed)
     fit(LanguageTrainer, model, rows, arguments, title="pretrain", log=output / "log.jsonl")
-    model.to(torch.bfloat16).save_pretrained(output)
+    (output / "scores.json").unlink(missing_ok=True)  # of weights that were there before
     tokenizer.save_pretrained(output)
-    scores = accuracy.evaluate(
-        model.float().eval(), tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100
-    )
-    write_json(output / "scores.json", scores)
-    for row in scores:
-        say(f"  {row['task']:18s} {row['metric']} {100 * row['value']:5.1f}% +- {100 * row['stderr']:.1f}")
+    partial = output / "model.partial"
+    model.to(torch.bfloat16).save_pretrained(partial)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "model.safetensors"):
+        os.replace(file, output / file.name)
+    partial.rmdir()
     say(f"wrote {output}")
-    return output
+
+
+def score(output: Path) -> accuracy.Scores:
+    """The held-out scores of the model in ``output``: from ``scores.json``, or measured and written there."""
+    path = output / "scores.json"
+    if not path.is_file():
+        model, tokenizer = load_model(str(output)), load_tokenizer(str(output))
+        scores = accuracy.evaluate(model, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100)
+        write_json(path, scores.record)
+    record: Any = read_json(path)
+    if not isinstance(record, dict) or record.keys() != {"accuracy", "by_distance"}:
+        raise UserError(f"{path} is in another form: remove it, and the same command measures again")
+    return accuracy.Scores(record["accuracy"], record["by_distance"])

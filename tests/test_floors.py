@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eval.tasks",
         "eval.tasks.*",
     ),  # F8
-    ("eval.figures", "eval.report"),
+    ("eval.figures", "eval.distance", "eval.report"),
     (
         "stages",
         "stages.common",

@@ -120,6 +120,15 @@ FAMILIES: Mapping[str, Callable[[random.Random], Example]] = {
     "sort": sort,
 }
 
+DISTANCES: Mapping[str, str] = {
+    "add": "columns",
+    "mod": "operations",
+    "chase": "hops",
+    "recall": "pairs after it",
+    "sort": "digits",
+}
+"""What `Example.distance` counts in each family."""
+
 
 def is_held_out(prompt: str) -> bool:
     """Whether a question belongs to the held-out suites (by its hash, so whatever the seed)."""

@@ -104,13 +104,14 @@ class Decoder:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def cache_bytes(self) -> int:
-        """Bytes that the cache holds at this context: keys and values filled, recurrent states."""
-        total = 0
+    def cache_bytes(self) -> dict[str, int]:
+        """Bytes that the cache of the whole batch holds at this context: ``kv_bytes``, the keys and values filled,
+        and ``state_bytes``, the states of convolutions and scans."""
+        total = {"kv_bytes": 0, "state_bytes": 0}
         for layer in self.cache.layers:
             if isinstance(layer, InPlaceLayer):
-                tensors = [layer.keys, layer.values]
+                kind, tensors = "kv_bytes", [layer.keys, layer.values]
             else:
-                tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+                kind, tensors = "state_bytes", [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            total[kind] += sum(t.numel() * t.element_size() for t in tensors if t is not None)
         return total

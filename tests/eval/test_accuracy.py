@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from distill.data import suite
 from distill.data.families import FAMILIES
 from distill.errors import UserError
 from eval import accuracy
-from eval.accuracy import evaluate, rows_of, task_manager
+from eval.accuracy import LINE, Scores, evaluate, rows_by_distance, rows_of, task_manager
 
 LIMIT = 8
 
@@ -70,6 +71,14 @@ def question_of(context: str) -> str:
     return match[1]
 
 
+def of_task(scores: Scores, task: str) -> dict[int, tuple[float, int]]:
+    """Distance -> accuracy and questions."""
+    rows = [row for row in scores.by_distance if row["task"] == task]
+    assert [row["distance"] for row in rows] == sorted({row["distance"] for row in rows})
+    assert all(row["stderr"] == (row["value"] * (1 - row["value"]) / row["n"]) ** 0.5 for row in rows)
+    return {row["distance"]: (row["value"], row["n"]) for row in rows}
+
+
 @pytest.fixture
 def score(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, dict[str, Any]]]:
     """``score(knows)``: rows by task of a model that is right where ``knows(prompt)``; the network is cut off."""
@@ -83,9 +92,9 @@ def score(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     def run(knows: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
         stub = Stub(tokenizer, knows)
         monkeypatch.setattr(accuracy.hf, "lm", lambda *_: stub)
-        rows = evaluate(None, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=4, limit=LIMIT)
+        scores = evaluate(None, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=4, limit=LIMIT)
         assert stub.budgets == {96}
-        return {row["task"]: row for row in rows}
+        return {row["task"]: {**row, "by_distance": of_task(scores, row["task"])} for row in scores.rows}
 
     return run
 
@@ -102,7 +111,60 @@ def test_right_answers_score_one(score: Callable[..., dict[str, dict[str, Any]]]
             "value": 1.0,
             "stderr": 0.0,
             "n": LIMIT,
+            "by_distance": {
+                distance: (1.0, n)
+                for distance, n in Counter(q["distance"] for q in suite.generative(task)[:LIMIT]).items()
+            }
+            if generative
+            else {},
         }
+
+
+def test_each_distance_is_scored_on_its_own_questions(score: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    """A model that knows the questions at two distances, and of a third all but one."""
+    questions = suite.generative("recall")[:LIMIT]
+    numbers = Counter(q["distance"] for q in questions)
+    (third, most), *others = sorted(numbers.items(), key=lambda pair: -pair[1])
+    known = {others[0][0], others[1][0]}
+    missed = next(q["prompt"] for q in questions if q["distance"] == third)
+    right = {q["prompt"] for q in questions if q["distance"] in {*known, third} and q["prompt"] != missed}
+    row = score(lambda prompt: prompt in right)["recall"]
+    assert most > 1
+    assert row["by_distance"] == {
+        distance: (1.0 if distance in known else (n - 1) / n if distance == third else 0.0, n)
+        for distance, n in numbers.items()
+    }
+    assert row["value"] == len(right) / LIMIT
+
+
+def test_documents_without_a_distance_have_no_rows() -> None:
+    """And of several filters only the one of the task's own figure counts."""
+    samples = [
+        {"doc": {"distance": 2}, "filter": "strict", "exact_match": 1.0},
+        {"doc": {"distance": 2}, "filter": "loose", "exact_match": 0.0},
+        {"doc": {"distance": 1}, "filter": "strict", "exact_match": 0.0},
+        {"doc": {"distance": "far"}, "filter": "strict", "exact_match": 1.0},
+        {"doc": {}, "filter": "strict", "exact_match": 1.0},
+    ]
+    results = {
+        "results": {"a": {"exact_match,strict": 0.5, "exact_match,loose": 0.0}, "b": {"acc,none": 1.0}},
+        "samples": {"a": samples, "b": [{"doc": {}, "filter": "none", "acc": 1.0}]},
+    }
+    rows = [(row["task"], row["distance"], row["value"], row["n"]) for row in rows_by_distance(results)]
+    assert rows == [("a", 1, 0.0, 1), ("a", 2, 1.0, 1)]
+
+
+def test_lines_join_neighbours_of_equal_accuracy() -> None:
+    rows = [{"task": t, "metric": "exact_match", "value": 0.98, "stderr": 0.014} for t in ("chase", "recall", "gsm8k")]
+    hops = {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.95, 5: 1.0}
+    distances = [{"task": "chase", "distance": d, "value": value} for d, value in hops.items()]
+    distances += [{"task": "recall", "distance": d, "value": d / 12} for d in range(12)]
+    chase, recall, gsm8k = Scores(rows, distances).lines()
+    assert chase == "  chase              exact_match  98.0% +- 1.4   by hops 1-3: 100  4: 95  5: 100"
+    assert gsm8k == "  gsm8k              exact_match  98.0% +- 1.4"
+    first, second = recall.splitlines()
+    assert first.endswith("+- 1.4") and second.strip().startswith("by pairs after it 0: 0  1: 8  2: 17")
+    assert max(map(len, (chase, first, second))) <= LINE
 
 
 def test_each_family_is_scored_on_its_own_questions(score: Callable[..., dict[str, dict[str, Any]]]) -> None:
@@ -116,16 +178,17 @@ def test_each_family_is_scored_on_its_own_questions(score: Callable[..., dict[st
 
 
 def test_a_real_model_is_scored(hybrid: Any, tokenizer: Any) -> None:
-    rows = evaluate(hybrid, tokenizer, ["embedded_add"], ["embedded_choice"], batch_size=8, limit=LIMIT)
-    assert [(row["task"], row["kind"], row["n"]) for row in rows] == [
+    scores = evaluate(hybrid, tokenizer, ["embedded_add"], ["embedded_choice"], batch_size=8, limit=LIMIT)
+    assert [(row["task"], row["kind"], row["n"]) for row in scores.rows] == [
         ("add", "generative", LIMIT),
         ("embedded_choice", "multiple_choice", LIMIT),
     ]
-    assert all(0 <= row["value"] <= 1 for row in rows)
+    assert all(0 <= row["value"] <= 1 for row in scores.rows)
+    assert sum(row["n"] for row in scores.by_distance) == LIMIT
 
 
 def test_nothing_to_score_is_no_row(tokenizer: Any) -> None:
-    assert evaluate(None, tokenizer, [], [], batch_size=1) == []
+    assert evaluate(None, tokenizer, [], [], batch_size=1) == Scores([], [])
 
 
 def test_unknown_task_names_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,17 +91,47 @@ def test_decoder_decodes_greedily(family: Any, hybrid: bool) -> None:
         decoder.step()
 
 
-def test_keys_are_written_in_place(llama: Any) -> None:
-    decoder = Decoder(llama, batch=2, context=12, spare=4)
-    layer = decoder.cache.layers[0]
-    assert isinstance(layer, InPlaceLayer)
-    buffer = layer.key_buffer
-    assert buffer.shape == (2, KV_HEADS, 16, HEAD_DIM)
-    before = buffer.clone()
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_every_cache_is_written_in_place(family: Any, hybrid: bool) -> None:
+    """A step writes one place of every key and value buffer, and states where they lie: no cache grows or moves."""
+    mixers = ["mamba1", "attention", "attention", "mamba1"] if hybrid else ["attention"] * 4
+    decoder = Decoder(hybridize(family, mixers, MixerConfig()) if hybrid else family, batch=2, context=12, spare=4)
+    decoder.tokens = torch.full((2, 1), 7)  # 0 is padding, whose embedding is zero
+    layers = decoder.cache.layers
+    assert ["attention" if isinstance(layer, InPlaceLayer) else "mamba1" for layer in layers] == mixers
+
+    def buffers(layer: Any) -> list[torch.Tensor]:
+        if isinstance(layer, InPlaceLayer):
+            return [layer.key_buffer, layer.value_buffer]
+        return [*layer.conv_states.values(), *layer.recurrent_states.values()]
+
+    before = [[(tensor.data_ptr(), tensor.clone()) for tensor in buffers(layer)] for layer in layers]
     decoder.step()
-    assert layer.key_buffer is buffer and layer.keys.data_ptr() == buffer.data_ptr()
-    changed = (buffer != before).any(-1).any(0).any(0).nonzero().flatten().tolist()
-    assert len(changed) == 1, "one step writes one place"
+    for layer, old in zip(layers, before, strict=True):
+        for tensor, (place, content) in zip(buffers(layer), old, strict=True):
+            assert tensor.data_ptr() == place
+            assert not torch.equal(tensor, content), "the step has written"
+            if isinstance(layer, InPlaceLayer):
+                assert tensor.shape == (2, KV_HEADS, 16, HEAD_DIM)
+                changed = (tensor != content).any(-1).any(0).any(0).nonzero().flatten().tolist()
+                assert changed == [11], "one step writes one place"
+        if isinstance(layer, InPlaceLayer):
+            assert layer.keys.data_ptr() == layer.key_buffer.data_ptr(), "attention reads the buffer itself"
+
+
+def test_keys_and_values_are_not_expanded(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped-query attention reads its KV heads as they are: an expanding teacher would be slower than it is."""
+    decoder = Decoder(family, batch=2, context=12)
+    heads: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        heads.extend([key.shape[1], value.shape[1]])
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    decoder.timed_step()
+    assert heads == [KV_HEADS] * 8
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 50])
@@ -121,10 +151,11 @@ def test_cache_bytes(llama: Any, hybrid: Any, batch: int) -> None:
     """As measured: 4 attention blocks against 2, and 2 states whose size does not depend on the context."""
     options = ThroughputConfig(batches=[batch], contexts=[7, 40], output_tokens=20, repeats=1)
     rows = measure({"teacher": llama, "hybrid": hybrid}, options)
-    got = {(row["model"], row["context"]): row["cache_bytes"] for row in rows}
-    want = {("teacher", c): 4 * kv_bytes(batch, c) for c in (1, 7, 20, 40)}
-    want |= {("hybrid", c): 2 * kv_bytes(batch, c) + 2 * state_bytes(batch) for c in (1, 7, 20, 40)}
+    got = {(row["model"], row["context"]): (row["kv_bytes"], row["state_bytes"]) for row in rows}
+    want = {("teacher", c): (4 * kv_bytes(batch, c), 0) for c in (1, 7, 20, 40)}
+    want |= {("hybrid", c): (2 * kv_bytes(batch, c), 2 * state_bytes(batch)) for c in (1, 7, 20, 40)}
     assert got == want
+    assert all(row["cache_bytes"] == row["kv_bytes"] + row["state_bytes"] for row in rows)
 
 
 def test_measure_rows(llama: Any, hybrid: Any) -> None:
