@@ -7,6 +7,7 @@ import ast
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 
@@ -19,6 +20,8 @@ VERBS = {
     "train": "stages.train",
     "measure": "stages.measure",
     "report": "stages.report",
+    "sft": "stages.sft",
+    "merge": "stages.merge",
     "submit": "stages.submit",
     "pretrain": "stages.pretrain",
 }
@@ -32,6 +35,18 @@ INTRODUCTION = """Turn a pretrained transformer into a fast attention-Mamba hybr
 
 CONFIG is a YAML file or the short name of one we ship; RUN is a folder that a run has written. Any key of
 the config can be set after it as key=value. 'distill VERB --help' explains a verb."""
+
+
+def merge_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill merge``."""
+    parser.add_argument("a", metavar="A", help="CHECKPOINT whose config and tokenizer are kept")
+    parser.add_argument("b", metavar="B", help="CHECKPOINT of the same architecture and placement")
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of A, in [0, 1] (default: 0.5)")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"merge": merge_options}
+"""Verbs with arguments of their own, in place of a target and overrides."""
 
 
 def docstring(module: str) -> str:
@@ -49,12 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     for verb, module in VERBS.items():
         text = docstring(module)
         sub = verbs.add_parser(verb, help=text.splitlines()[0].rstrip("."), description=text, formatter_class=raw)
-        sub.add_argument("target", metavar=TARGETS.get(verb, "CONFIG|RUN"), help="what to work on (see above)")
-        sub.add_argument("overrides", metavar="key=value", nargs="*", help="config values set over the file's")
+        if verb in OPTIONS:
+            OPTIONS[verb](sub)
+        else:
+            sub.add_argument("target", metavar=TARGETS.get(verb, "CONFIG|RUN"), help="what to work on (see above)")
+            sub.add_argument("overrides", metavar="key=value", nargs="*", help="config values set over the file's")
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if verb in ("score", "place", "swap", "train", "measure"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
-        if verb in ("run", "score", "place", "swap", "train", "measure"):
+        if verb == "sft":
+            sub.add_argument("--stage", help="H1-5, or its number; by default the last one that is distilled")
+        if verb in ("run", "score", "place", "swap", "train", "measure", "sft"):
             sub.add_argument(
                 "--force", action="store_true", help="redo what was made with other inputs, and what follows"
             )
@@ -67,9 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit code 0, or 2 with one message for a user's mistake."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if any("=" not in text or text.startswith("-") for text in rest):
+    if rest and (args.verb in OPTIONS or any("=" not in text or text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.overrides += rest  # key=value may stand after an option, too
+    if args.verb not in OPTIONS:
+        args.overrides += rest  # key=value may stand after an option, too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     quiet()

@@ -18,7 +18,7 @@ from distill.config import RunConfig, dump_config, load_config
 from distill.data.traces import EMBEDDED, check_source, load_rows
 from distill.errors import UserError
 from distill.hybrid.surgery import hybrid_config
-from distill.placement import ATTENTION, parse_name, replace
+from distill.placement import ATTENTION, parse_name, replace, tuned_name
 from distill.records import Step, fingerprint, read_json, write_text
 from distill.schedule import Stage, build_schedule
 from distill.teacher import load_config as load_model_config
@@ -53,6 +53,8 @@ class Context:
     """What the teacher is, for fingerprints: its config, and the contents of its files."""
     data: str
     """What the data file holds, for fingerprints."""
+    sft_data: str = ""
+    """The same of the traces for fine-tuning."""
 
     def folder(self, stage: Stage, step: str) -> Path:
         """Where a step of a stage writes."""
@@ -62,15 +64,19 @@ class Context:
         """The distilled model of a stage."""
         return self.folder(stage, "train") / "checkpoint"
 
+    def tuned_folder(self, stage: Stage, step: str) -> Path:
+        """Where a step of a stage's fine-tuning writes."""
+        return self.run_dir / "posttrain" / tuned_name(stage.folder) / step
+
     def before(self, stage: Stage) -> str:
         """The model that a stage starts from: the teacher, or the stage before."""
         return str(self.checkpoint(self.stages[stage.index - 1])) if stage.index else self.config.teacher
 
-    def rows(self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
-        """Packed rows of the run's data; the seed says which."""
-        data = self.config.data
+    def rows(self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False, source: str = "") -> Any:
+        """Packed rows of the run's data, or of another ``source``; the seed says which."""
+        data, where = self.config.data, source or self.config.data.source
         return load_rows(
-            data.source, tokenizer, count, data.sequence_length, data.mix, seed, mask=data.mask, held_out=held_out
+            where, tokenizer, count, data.sequence_length, data.mix, seed, mask=data.mask, held_out=held_out
         )
 
     def seed(self, stage: Stage, purpose: int) -> int:
@@ -78,10 +84,14 @@ class Context:
         return (self.config.seed * 1000 + stage.index * 10 + purpose) % 2**32
 
     def steps(self) -> list[Step]:
-        """Every step of the run in order, each with the inputs that it depends on."""
+        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings."""
+        return [*self.run_steps(), *(step for stage in self.stages for step in self.sft_steps(stage))]
+
+    def run_steps(self) -> list[Step]:
+        """The steps of the run itself: the teacher's measure, then stage by stage."""
         config = self.config
         base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
-        trained_on = {"threads": self.threads, "kernels": config.kernels}
+        trained_on = self.computed()
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps"):
             train.pop(key)
@@ -108,16 +118,49 @@ class Context:
                     previous = dict(after)
         return steps
 
+    def sft_steps(self, stage: Stage) -> list[Step]:
+        """The steps that fine-tune a stage's distilled model, merge it and measure it."""
+        config, sft = self.config, self.config.sft
+        base = {"seed": config.seed, "dtype": config.dtype}
+        keys = ("weight_decay", "beta2", "max_grad_norm", "eval_rows", "gradient_checkpointing")
+        train = {key: getattr(config.train, key) for key in keys}
+        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", "source")}
+        data = {**asdict(config.data), "source": sft.source or config.data.source, "content": self.sft_data}
+        inputs = {
+            "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
+            "merge": {"alpha": sft.alpha},
+            "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
+        }
+        trained = self.step(stage, "train")
+        steps, after = [], {trained.name: trained.fingerprint}
+        for name, values in inputs.items():
+            folder = self.tuned_folder(stage, name)
+            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after))
+            after = {steps[-1].name: steps[-1].fingerprint}
+        return steps
+
+    def computed(self) -> dict[str, Any]:
+        """What besides the config decides the bits that a training ends with."""
+        return {"threads": self.threads, "kernels": self.config.kernels}
+
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""
-        return next(s for s in self.steps() if s.name == f"{stage.folder}/{name}")
+        return next(s for s in self.run_steps() if s.name == f"{stage.folder}/{name}")
 
 
-def open_run(target: str, overrides: list[str], *, force: bool = False, write: bool = True) -> Context:
+def open_run(
+    target: str,
+    overrides: list[str],
+    *,
+    force: bool = False,
+    write: bool = True,
+    also: Callable[[Context], list[Step]] | None = None,
+) -> Context:
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
     With ``write`` the resolved config goes to ``run.yaml``. Steps that were finished with other inputs are
-    refused, or (``force``) forgotten together with all that depends on them.
+    refused, or (``force``) forgotten together with all that depends on them: those of the run, and those that
+    ``also`` names (a fine-tuning is checked only by the verb that does it).
     """
     config = read_config(target, overrides)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
@@ -133,11 +176,12 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
         task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data.source)
-    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data)
+    sft_data = data_identity(config.sft.source) if config.sft.source else data
+    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data, sft_data)
     if write:
         steps = context.steps()
         stale: set[str] = set()
-        for step in steps:
+        for step in [*context.run_steps(), *(also(context) if also else [])]:
             if step.name in dependents(steps, stale):
                 continue
             try:

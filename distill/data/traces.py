@@ -177,11 +177,11 @@ def load_rows(
     return FileTraces(tokenizer, Path(source).expanduser(), rows, length, seed, mask=mask, held_out=held_out)
 
 
-def check_source(source: str, mix: Mapping[str, float]) -> None:
-    """Raise UserError where a source does not exist, or the mix of the embedded families makes no sense."""
+def check_source(source: str, mix: Mapping[str, float], key: str = "data.source") -> None:
+    """Raise UserError where a source (the config's ``key``) does not exist, or the embedded families' mix is wrong."""
     if source != EMBEDDED:
         if not Path(source).expanduser().is_file():
-            raise UserError(f"data.source: no such file: {source} (give '{EMBEDDED}' or a JSONL file)")
+            raise UserError(f"{key}: no such file: {source} (give '{EMBEDDED}' or a JSONL file)")
         return
     for family in mix:
         choose("family in data.mix", family, FAMILIES)
