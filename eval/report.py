@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from distill.errors import UserError
 from distill.records import write_text
 from eval import figures, page
-from eval.drawing import NARROW, WIDE, count, png, svg
+from eval.drawing import NARROW, WIDE, count, png, stage_of, svg
 from eval.page import NOT_MEASURED, PLUS_MINUS
 from eval.pareto import (
     Record,
@@ -90,7 +90,7 @@ def table(run: Path) -> str:
 
 
 def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
-    """The stage table as text: a header, then a row for the teacher and each stage.
+    """The stage table as text: a header, then a row for the teacher and each stage, trained further or not.
 
     A kind with one task only has no mean beside it.
     """
@@ -139,7 +139,8 @@ def summary(run: Run, frame: pd.DataFrame) -> str:
         f"{_protocol(run)}. It is the fastest hybrid that keeps at least {KEEP:.0%} of the teacher's accuracy"
     )
     cost = [f"{count(best['tokens'])} training tokens"] if best["tokens"] >= 0 else []
-    minutes = hybrids[hybrids["stage"] <= best["stage"]]["minutes"].sum(skipna=False)
+    before = (hybrids["stage"] <= best["stage"]) & (hybrids["name"] == hybrids["name"].map(stage_of))
+    minutes = hybrids[before | (hybrids["name"] == best["name"])]["minutes"].sum(skipna=False)
     cost += [f"{minutes:,.1f} minutes of training"] if minutes >= 0 else []
     return text + (f", and took {' and '.join(cost)}." if cost else ".")
 
@@ -148,7 +149,7 @@ def missing(run: Run) -> list[str]:
     """What an unfinished run still lacks, a line each; empty when every record is there."""
     lacks = [] if run.config else ["run.yaml (the resolved config)"]
     lacks += [] if run.teacher else ["the teacher: not measured"]
-    for stage in run.stages:
+    for stage in run.models:
         absent = [step for step, record in stage.records.items() if record is None]
         if stage.log and "train" in absent:
             reached = f"step {max(int(line.get('step', 0)) for line in stage.log):,}"
@@ -158,14 +159,15 @@ def missing(run: Run) -> list[str]:
         begun = bool(stage.log) or any(stage.records.values())
         if absent:
             what = f"lacks {', '.join(absent)}" if begun else "not started"
-            lacks.append(f"stage {stage.index}, {stage.name}: {what}")
+            lacks.append(f"{'' if stage.tuning else f'stage {stage.index}, '}{stage.name}: {what}")
     return lacks
 
 
 def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     """The figures of the page in their order; one whose records are not there yet has no `draw`."""
     placed = [stage for stage in run.stages if stage.records["place"]]
-    losses, decode = loss_frame(run), throughput_frame(run)
+    losses, decode, tuned = loss_frame(run), throughput_frame(run), loss_frame(run, tuned=True)
+    tuning = partial(figures.loss, label="cross-entropy (nats a token)")
 
     def plot(name: str, draw: Callable[..., Figure], data: Any, ready: bool, extra: str = "") -> Plot:
         section, caption = page.CAPTIONS[name]
@@ -175,10 +177,21 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
         return len(data.dropna(subset=list(columns))) > 0
 
     return [
-        plot("pareto", figures.pareto, frame, has(frame, "tokens_per_second", "generative"), _uneven(frame)),
+        plot(
+            "pareto",
+            figures.pareto,
+            frame,
+            has(frame, "tokens_per_second", "generative"),
+            _squares(run) + _uneven(frame),
+        ),
         plot("placement", figures.placement, placed, bool(placed)),
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", figures.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
+        *(
+            [plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))]
+            if run.tuned
+            else []
+        ),
         plot("decode", figures.decode_time, decode, has(decode, "step_seconds")),
         plot("cache", figures.cache, decode, has(decode, "cache_bytes")),
     ]
@@ -266,6 +279,22 @@ def _protocol(run: Run) -> str:
     return ""
 
 
+def _squares(run: Run) -> str:
+    """What a square is, where there are any."""
+    return " Squares are stages trained further after distillation, in their stage's colour." if run.tuned else ""
+
+
+def _merged(run: Run) -> str:
+    """How each fine-tuned model was merged with its stage, and the loss of the result."""
+    found = [(model.name, model.records["merge"]) for model in run.tuned]
+    return "".join(
+        f" {escape(name)}: merged with alpha = {number(merge, 'alpha'):g}, "
+        f"held-out loss {measured(number(merge, 'eval_loss'), '{:.4f}')}."
+        for name, merge in found
+        if merge
+    )
+
+
 def _uneven(frame: pd.DataFrame) -> str:
     """A warning where the teacher's own speed differed between the runs that timed it."""
     speeds = frame["teacher_tokens_per_second"].dropna()
@@ -285,7 +314,7 @@ def _rank_correlation(scores: Record) -> str:
 
 def _planned_steps(run: Run, stage: Stage) -> int:
     """The training steps that the config plans for a stage; 0 where it does not say."""
-    train = run.config.get("train")
+    train = run.config.get(stage.tuning.lower() or "train")
     train = train if isinstance(train, dict) else {}
     each = train.get("steps_by_stage") or []
     steps = each[stage.index - 1] if len(each) >= stage.index else train.get("steps")
