@@ -181,9 +181,14 @@ def mmr(stage: Stage, width: float = WIDE) -> Figure:
 
 
 @styled
-def loss(frame: pd.DataFrame, width: float = WIDE, label: str = "distillation loss") -> Figure:
-    """Training loss of every model over the tokens of its lineage, from `eval.pareto.loss_frame`."""
-    colours = model_colours(frame["model"])
+def loss(
+    frame: pd.DataFrame, width: float = WIDE, label: str = "distillation loss", models: Sequence[str] = ()
+) -> Figure:
+    """Training loss of every model over the tokens of its lineage, from `eval.pareto.loss_frame`.
+
+    `models` are those of the whole run, where colours must agree with other figures.
+    """
+    colours = model_colours([*models, *frame["model"]])
     figure = Figure(figsize=(width, 3.3), layout="constrained")
     axes = figure.subplots()
     for model in frame["model"].unique():

@@ -167,7 +167,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     """The figures of the page in their order; one whose records are not there yet has no `draw`."""
     placed = [stage for stage in run.stages if stage.records["place"]]
     losses, decode, tuned = loss_frame(run), throughput_frame(run), loss_frame(run, tuned=True)
-    tuning = partial(figures.loss, label="cross-entropy (nats a token)")
+    notes = _squares(run) + _uneven(frame)
 
     def plot(name: str, draw: Callable[..., Figure], data: Any, ready: bool, extra: str = "") -> Plot:
         section, caption = page.CAPTIONS[name]
@@ -176,22 +176,15 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     def has(data: pd.DataFrame, *columns: str) -> bool:
         return len(data.dropna(subset=list(columns))) > 0
 
+    names = [model.name for model in run.models]
+    tuning = partial(figures.loss, label="cross-entropy (nats a token)", models=names)
+    fine_tuning = plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))
     return [
-        plot(
-            "pareto",
-            figures.pareto,
-            frame,
-            has(frame, "tokens_per_second", "generative"),
-            _squares(run) + _uneven(frame),
-        ),
+        plot("pareto", figures.pareto, frame, has(frame, "tokens_per_second", "generative"), notes),
         plot("placement", figures.placement, placed, bool(placed)),
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", figures.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
-        *(
-            [plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))]
-            if run.tuned
-            else []
-        ),
+        *([fine_tuning] if run.tuned else []),
         plot("decode", figures.decode_time, decode, has(decode, "step_seconds")),
         plot("cache", figures.cache, decode, has(decode, "cache_bytes")),
     ]
