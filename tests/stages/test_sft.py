@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.posttrain import sft
+from eval import report
 from stages.cli import main
 
 SHAPE: dict[str, Any] = {
@@ -48,6 +50,17 @@ measure:
 """
 TOKENS = 2 * 4 * 128  # of one stage
 OWN = 4 * 4 * 128  # of the fine-tuning
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_drawing() -> Iterator[None]:
+    """The report without its figures, which take most of its time and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "svg", lambda figure, name: "<svg></svg>")
+        patch.setattr(report, "png", lambda figure: b"")
+        for name in ("pareto", "placement", "loo", "mmr", "loss", "decode_time", "cache"):
+            patch.setattr(report.figures, name, lambda *args, **kwargs: None)
+        yield
 
 
 @pytest.fixture(scope="module")
