@@ -81,6 +81,25 @@ class TrainConfig:
 
 
 @dataclass
+class SftConfig:
+    """Fine-tuning of a distilled stage on traces, and its merge with that stage (the paper's H1-30-SFT)."""
+
+    source: str = ""
+    """Traces, as in ``data.source`` (empty: the run's own)."""
+    steps: int = 100
+    """Optimizer steps; what is not set here (weight decay, clipping, ...) is as in ``train``."""
+    batch_size: int = 8
+    """Rows a step on one device, over all accumulation steps."""
+    gradient_accumulation: int = 1
+    learning_rate: float = 5e-5
+    warmup_steps: int = 10
+    save_steps: int = 0
+    """Checkpoint every so many steps (0: only at the end)."""
+    alpha: float = 0.5
+    """Weight of the fine-tuned model in the merge: alpha * SFT + (1 - alpha) * H1-h."""
+
+
+@dataclass
 class MixerConfig:
     """What replaces attention, and how it starts."""
 
@@ -208,6 +227,7 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 

@@ -15,6 +15,11 @@ def hybrid_name(replaced: int, num_blocks: int) -> str:
     return f"H1-{replaced}/{num_blocks}"
 
 
+def tuned_name(name: str, how: str = "SFT") -> str:
+    """``H1-30/50-SFT``: a stage's model that was trained further (as the paper's H1-30-SFT)."""
+    return f"{name}-{how}"
+
+
 def parse_name(name: str) -> tuple[int, int | None]:
     """(h, L) of ``H1-25/50``; L is None for the short form ``H1-25``."""
     match = re.fullmatch(r"[Hh]1-(\d+)(?:/(\d+))?", name)

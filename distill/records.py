@@ -21,7 +21,7 @@ from typing import Any
 
 from distill.errors import UserError
 
-PACKAGES = ("torch", "transformers", "accelerate", "lm-eval", "numba", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "lm-eval", "numba", "numpy", "trl")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -163,16 +163,23 @@ class LanguageTrainer(Trainer):
 
 
 def training_arguments(
-    train: TrainConfig, steps: int, output: Path, seed: int, dtype: str = "float32"
-) -> TrainingArguments:
-    """Our train config as Hugging Face TrainingArguments."""
+    train: TrainConfig,
+    steps: int,
+    output: Path,
+    seed: int,
+    dtype: str = "float32",
+    *,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **extra: Any,
+) -> Any:
+    """Our train config as Hugging Face TrainingArguments, or as the subclass ``kind`` with its ``extra`` fields."""
     if train.batch_size % train.gradient_accumulation:
         raise UserError(
             f"train.batch_size={train.batch_size} is not divisible by "
             f"train.gradient_accumulation={train.gradient_accumulation}"
         )
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    return kind(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=train.batch_size // train.gradient_accumulation,
@@ -200,6 +207,7 @@ def training_arguments(
         disable_tqdm=True,
         seed=seed,
         use_cpu=not on_gpu,
+        **extra,
     )
 
 
@@ -212,9 +220,12 @@ def fit(
     title: str,
     log: Path | None,
     callbacks: Sequence[TrainerCallback] = (),
+    key: str = "train",
     **extra: Any,
 ) -> LanguageTrainer:
     """Train, continuing from the newest checkpoint in the output folder if there is one.
+
+    ``key`` is the part of the config that the run came from, for messages; ``extra`` goes to the trainer.
 
     Raises UserError when the loss is not finite (the checkpoints before it stay).
     """
@@ -226,7 +237,7 @@ def fit(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[progress, StopOnNonFinite(), *callbacks],
+        callbacks=[progress, StopOnNonFinite(key), *callbacks],
         **extra,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -239,13 +250,16 @@ def fit(
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stop at the first loss that is NaN or infinite, naming the step."""
+    """Stop at the first loss that is NaN or infinite, naming the step and what to change (``key``: train or sft)."""
+
+    def __init__(self, key: str = "train") -> None:
+        self.key = key
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
             raise UserError(
-                f"the loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate or "
-                "raise train.warmup_steps; checkpoints written before are kept"
+                f"the loss became {logs['loss']} at step {state.global_step}: lower {self.key}.learning_rate or "
+                f"raise {self.key}.warmup_steps; checkpoints written before are kept"
             )
 
 
@@ -266,6 +280,13 @@ def _objective(
         loss, hidden, head, teacher_hidden, teacher_head, labels,
         temperature=temperature, count=count, progress=progress,
     )  # fmt: skip
+
+
+def _own_objective(
+    loss: str, labels: torch.Tensor, hidden: torch.Tensor, head: torch.nn.Module, **options: Any
+) -> torch.Tensor:
+    """``distillation_loss`` of a loss that looks at no teacher."""
+    return distillation_loss(loss, hidden, head, hidden, head, labels, **options)
 
 
 class DistillTrainer(LanguageTrainer):
@@ -295,8 +316,14 @@ class DistillTrainer(LanguageTrainer):
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, teacher: Teacher, rows: Any, batch_size: int, loss: str, temperature: float) -> float:
-    """Mean loss over the valid targets of fixed held-out rows (a sequence of packed rows)."""
+def heldout_loss(
+    model: Any, teacher: Teacher | None, rows: Any, batch_size: int, loss: str, temperature: float = 1.0
+) -> float:
+    """Mean loss in nats over the valid targets of fixed held-out rows (a sequence of packed rows).
+
+    ``cross_entropy`` looks at no teacher and may go without.
+    """
+    assert teacher is not None or loss == "cross_entropy", loss
     total, count = 0.0, 0
     device = model.device
     training = model.training
@@ -305,9 +332,11 @@ def heldout_loss(model: Any, teacher: Teacher, rows: Any, batch_size: int, loss:
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = inputs.pop("labels")
-        objective = partial(
-            _objective, loss, teacher.hidden(inputs), teacher.head, labels, temperature=temperature, count=1.0
-        )
+        options: Any = {"temperature": temperature, "count": 1.0}
+        if teacher is None:
+            objective = partial(_own_objective, loss, labels, **options)
+        else:
+            objective = partial(_objective, loss, teacher.hidden(inputs), teacher.head, labels, **options)
         part = model(**inputs, use_cache=False, objective=objective).loss
         total += float(part)
         count += int((labels[:, 1:] != IGNORE).sum())

@@ -84,11 +84,25 @@ def mixer_colours(mixers: Iterable[str]) -> dict[str, str]:
 
 
 def model_colours(models: Iterable[str]) -> dict[str, str]:
-    """Model -> colour: the teacher in ink, the hybrids in the order of their stages from cool to warm."""
-    hybrids = [model for model in dict.fromkeys(models) if model != "teacher"]
+    """Model -> colour: the teacher in ink, the hybrids in the order of their stages from cool to warm.
+
+    A stage that was trained further keeps its colour.
+    """
+    hybrids = {model: stage_of(model) for model in models if model != "teacher"}
+    stages = list(dict.fromkeys(hybrids.values()))
     ramp = LinearSegmentedColormap.from_list("stages", STAGE_RAMP)
-    last = max(len(hybrids) - 1, 1)
-    return {"teacher": INK} | {model: to_hex(ramp(i / last)) for i, model in enumerate(hybrids)}
+    last = max(len(stages) - 1, 1)
+    return {"teacher": INK} | {model: to_hex(ramp(stages.index(of) / last)) for model, of in hybrids.items()}
+
+
+def stage_of(model: str) -> str:
+    """The stage behind a name: ``H1-5/10`` of ``H1-5/10-SFT``, and of itself."""
+    return re.sub(r"-[A-Z]+$", "", model)
+
+
+def marker(model: str) -> str:
+    """A diamond for the teacher, a circle for a stage, a square for one that was trained further."""
+    return "D" if model == "teacher" else "o" if stage_of(model) == model else "s"
 
 
 @styled

@@ -29,11 +29,13 @@ from eval.drawing import (
     decimals_for,
     fitting_unit,
     label_points,
+    marker,
     mixer_colours,
     model_colours,
     on_unit_scale,
     roomy_limits,
     spread,
+    stage_of,
     styled,
 )
 from eval.pareto import Stage, lineage_of
@@ -65,7 +67,8 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     for (_, row), x, y, error in zip(known.iterrows(), xs, ys, errors, strict=True):
         teacher, colour = row["name"] == "teacher", colours[row["name"]]
         axes.errorbar(x, y, yerr=error or None, color=colour, lw=1.2, capsize=3)
-        face, shape, size = colour if row["frontier"] else PAPER, "D" if teacher else "o", 8 if teacher else 9
+        face, shape = colour if row["frontier"] else PAPER, marker(row["name"])
+        size = 9 if shape == "o" else 8
         axes.plot(x, y, shape, ms=size, mfc=face, mec=colour, mew=1.8, zorder=3)
         spent = f"{count(row['tokens'])} tokens" if row["tokens"] >= 0 else "tokens not measured"
         labels.append((x, y, error, "teacher" if teacher else f"{row['name']}\n{spent}"))
@@ -181,9 +184,14 @@ def mmr(stage: Stage, width: float = WIDE) -> Figure:
 
 
 @styled
-def loss(frame: pd.DataFrame, width: float = WIDE) -> Figure:
-    """Training loss of every stage over the tokens of its lineage, from `eval.pareto.loss_frame`."""
-    colours = model_colours(frame["model"])
+def loss(
+    frame: pd.DataFrame, width: float = WIDE, label: str = "distillation loss", models: Sequence[str] = ()
+) -> Figure:
+    """Training loss of every model over the tokens of its lineage, from `eval.pareto.loss_frame`.
+
+    `models` are those of the whole run, where colours must agree with other figures.
+    """
+    colours = model_colours([*models, *frame["model"]])
     figure = Figure(figsize=(width, 3.3), layout="constrained")
     axes = figure.subplots()
     for model in frame["model"].unique():
@@ -201,7 +209,7 @@ def loss(frame: pd.DataFrame, width: float = WIDE) -> Figure:
         axes.tick_params(axis="y", which="minor", length=0, labelcolor=MUTED)
     else:
         axes.set_ylim(bottom=0)
-    axes.set(xlabel="training tokens along the lineage", ylabel="distillation loss")
+    axes.set(xlabel="training tokens along the lineage", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6 if width > 6 else 4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r"\.?0+(?=[BMK])", "", count(x))))
     handles: list[Artist] = [Line2D([], [], color=colours[m], label=m) for m in frame["model"].unique()]
@@ -235,7 +243,7 @@ def _panels(frame: pd.DataFrame, value: str, units: Mapping[str, float], label: 
     for axes, batch in zip(panels, batches, strict=False):
         here = frame[frame["batch"] == batch]
         for model, rows in here.groupby("model", sort=False):
-            rows, style = rows.sort_values("context"), "D-" if model == "teacher" else "o-"
+            rows, style = rows.sort_values("context"), marker(model) + ("--" if stage_of(model) != model else "-")
             axes.plot(rows["context"], rows[value] / scale, style, ms=4.5, color=colours[model], zorder=3)
             if f"{value}_low" in rows:
                 low, high = rows[f"{value}_low"] / scale, rows[f"{value}_high"] / scale
@@ -253,7 +261,8 @@ def _panels(frame: pd.DataFrame, value: str, units: Mapping[str, float], label: 
     for axes in panels[len(batches) :]:
         axes.set_visible(False)
     names = [name for name in colours if name in set(frame["model"])]
-    add_legend(figure, [Line2D([], [], color=colours[name], label=name) for name in names], width)
+    styles = {name: "--" if stage_of(name) != name else "-" for name in names}
+    add_legend(figure, [Line2D([], [], color=colours[name], ls=styles[name], label=name) for name in names], width)
     return figure
 
 

@@ -115,6 +115,12 @@ CAPTIONS = {
         "Distillation loss: each step (thin), its running mean (thick), and the loss on held-out tokens "
         "(rings). Tokens count along the lineage. From the step <code>train</code>.",
     ),
+    "tuning": (
+        "Fine-tuning",
+        "Cross-entropy on the traces' own targets: each step (thin), its running mean (thick), and the loss on "
+        "held-out tokens before and after (rings). The model is then merged with its stage, alpha * fine-tuned + "
+        "(1 - alpha) * stage, and it is the merged one that is measured. From the step <code>sft</code>.",
+    ),
     "decode": (
         "Decode time",
         "Median time of one decode step and its quartiles (band). Teacher and hybrid are timed alternately "
@@ -141,7 +147,7 @@ TABLE = (
     "Accuracies in per cent, ± one standard error; a mean stands where all its tasks were measured. ● is "
     "on the Pareto frontier. Tokens/s: output tokens{protocol}; vs teacher: against the teacher timed in "
     "the same run. KV + state: keys and values + states of the other mixers in the cache of the whole batch"
-    "{cache}. Tokens count along the lineage; min: minutes of the stage's own training. From the steps "
+    "{cache}. Tokens count along the lineage; min: minutes of the row's own training. From the steps "
     " <code>measure</code> and <code>train</code>; in full precision in stages.csv."
 )
 

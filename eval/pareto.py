@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from distill.errors import UserError
+from distill.placement import tuned_name
 from distill.records import read_json
 
 Record = Mapping[str, Any]
@@ -24,6 +25,7 @@ STEPS = {
     "train": "train/train.json",
     "measure": "measure/measure.json",
 }
+TUNING_STEPS = {"train": "train/train.json", "merge": "merge/merge.json", "measure": "measure/measure.json"}
 LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "score": {"blocks": ("block",)},
     "place": {"mixers": (), "added": ()},
@@ -39,21 +41,23 @@ OPTIONAL = ("by_distance",)
 
 @dataclass(frozen=True)
 class Stage:
-    """One H1-h/L of the schedule, with what its steps have written so far (``None``: not yet)."""
+    """One H1-h/L of the schedule, or one trained further, with what its steps have written (``None``: not yet)."""
 
     index: int
     """Place in the schedule, from 1."""
     name: str
-    """``H1-h/L``, or ``H1-h`` while L is not known."""
+    """``H1-h/L``, or ``H1-h`` while L is not known; ``H1-h/L-SFT`` of one trained further."""
     records: Mapping[str, Record | None]
-    """The record of each of `STEPS`."""
+    """The record of each of `STEPS`, or of `TUNING_STEPS`."""
     log: tuple[Record, ...]
     """Lines of the training log, in the order they were written."""
+    tuning: str = ""
+    """What followed the distillation (``SFT``); empty for the stage itself."""
 
     @property
     def added(self) -> list[int]:
         """Blocks whose mixer this stage replaced; empty before the stage is placed."""
-        return [int(block) for block in (self.records["place"] or {}).get("added", [])]
+        return [int(block) for block in (self.records.get("place") or {}).get("added", [])]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ class Run:
     teacher: Record | None
     stages: tuple[Stage, ...]
     """Stages of the schedule and any stage found on disk, in order."""
+    tuned: tuple[Stage, ...] = ()
+    """Stages trained further, in the order of their stages; each has its stage's index."""
+
+    @property
+    def models(self) -> list[Stage]:
+        """Every stage, each followed by what was made of it by further training."""
+        return sorted([*self.stages, *self.tuned], key=lambda stage: stage.index)
 
 
 def read_run(path: Path) -> Run:
@@ -89,7 +100,7 @@ def read_run(path: Path) -> Run:
         if folder.is_dir() and folder.name.split("-")[0].isdigit()
     }  # where the schedule was changed, the folder that it names now wins
     suffix = f"/{teacher['num_blocks']}" if teacher and teacher.get("num_blocks") else ""
-    stages = []
+    stages, tuned = [], []
     for index in sorted(folders.keys() | planned.keys()):
         folder = folders.get(index)
         records = {step: _read_record(folder / file, step) if folder else None for step, file in STEPS.items()}
@@ -97,7 +108,20 @@ def read_run(path: Path) -> Run:
         named = (records["measure"] or {}).get("name") or (records["place"] or {}).get("name")
         log = _read_log(folder) if folder else ()
         stages.append(Stage(index, str(named or stem + suffix), records, log))
-    return Run(path, config, teacher, tuple(stages))
+        tuned += _read_tuned(path / "posttrain", folder.name, stages[-1]) if folder else []
+    return Run(path, config, teacher, tuple(stages), tuple(tuned))
+
+
+def _read_tuned(parent: Path, folder: str, stage: Stage) -> list[Stage]:
+    """What was made of the stage in ``folder`` by further training: `parent`/01-H1-5-SFT and the like."""
+    found = []
+    for path in sorted(parent.glob(f"{folder}-*")):
+        tuning = path.name.removeprefix(f"{folder}-")
+        if path.is_dir() and tuning.isalpha():
+            records = {step: _read_record(path / file, step) for step, file in TUNING_STEPS.items()}
+            name = (records["measure"] or {}).get("name") or tuned_name(stage.name, tuning)
+            found.append(Stage(stage.index, str(name), records, _read_log(path), tuning))
+    return found
 
 
 def lineage_of(stages: Sequence[Stage], stage: Stage) -> list[tuple[Stage, float]]:
@@ -122,14 +146,14 @@ def lineage_of(stages: Sequence[Stage], stage: Stage) -> list[tuple[Stage, float
 def tasks_of(run: Run) -> dict[str, str]:
     """Every task that any model was measured on -> its kind, in the order first met."""
     tasks: dict[str, str] = {}
-    for measure in [run.teacher, *(stage.records["measure"] for stage in run.stages)]:
+    for measure in [run.teacher, *(model.records["measure"] for model in run.models)]:
         for entry in (measure or {}).get("accuracy") or []:
             tasks.setdefault(str(entry["task"]), str(entry["kind"]))
     return tasks
 
 
 def stage_frame(run: Run) -> pd.DataFrame:
-    """One row for the teacher and each stage, NaN where not measured.
+    """One row for the teacher, each stage and each model made of it by further training, NaN where not measured.
 
     Columns: stage, name, replaced, num_blocks, parameters, ``<task>`` and ``<task>_stderr`` for each task,
     generative, multiple_choice (means over the tasks of a kind) and their ``_stderr``, tokens_per_second,
@@ -140,7 +164,7 @@ def stage_frame(run: Run) -> pd.DataFrame:
     """
     tasks = tasks_of(run)
     rows = [_row("teacher", 0, run.teacher, None, tasks)]
-    rows += [_row(s.name, s.index, s.records["measure"], s.records["train"], tasks) for s in run.stages]
+    rows += [_row(s.name, s.index, s.records["measure"], s.records["train"], tasks) for s in run.models]
     if math.isnan(rows[0]["tokens_per_second"]):  # the stages timed the teacher too
         rows[0]["tokens_per_second"] = float(pd.Series([r["teacher_tokens_per_second"] for r in rows]).median())
     measures = [run.teacher, *(stage.records["measure"] for stage in run.stages)]
@@ -165,21 +189,26 @@ def on_frontier(frame: pd.DataFrame, x: str = "tokens_per_second", y: str = "gen
 
 
 def best_hybrid(frame: pd.DataFrame, keep: float = 0.95) -> "pd.Series[Any] | None":
-    """The hybrid of the largest ratio that keeps `keep` of the teacher's mean generative accuracy, if any."""
+    """The hybrid of the largest ratio that keeps `keep` of the teacher's mean generative accuracy, if any.
+
+    Of a stage and what was made of it by further training, which are equally fast, the more accurate one counts.
+    """
     floor = keep * frame["generative"].iloc[0]
     good = frame[(frame["stage"] > 0) & (frame["generative"] >= floor) & frame["ratio"].notna()]
+    good = good.sort_values(["generative", "tokens"], ascending=[True, False]).groupby("stage").tail(1)
     return None if good.empty else good.sort_values("ratio", kind="stable").iloc[-1]
 
 
-def loss_frame(run: Run) -> pd.DataFrame:
-    """Training curves: model, step, tokens (along the lineage), loss, eval_loss.
+def loss_frame(run: Run, *, tuned: bool = False) -> pd.DataFrame:
+    """Training curves of the stages (or, ``tuned``, of their fine-tunings).
 
+    Columns: model, step, tokens (along the lineage), loss, eval_loss.
     A log line's ``tokens`` are those of its stage so far; a line without them is placed by interpolation.
     A step logged twice, as after a resumption, counts once, the last time.
     """
     columns = ["step", "tokens", "loss", "eval_loss"]
     frames, end = [], 0.0
-    for stage in run.stages:
+    for stage in run.tuned if tuned else run.stages:
         if not stage.log:
             continue
         train, measure = stage.records["train"] or {}, stage.records["measure"] or {}
@@ -202,7 +231,7 @@ def throughput_frame(run: Run) -> pd.DataFrame:
     values = {"step_seconds": "median", "cache_bytes": "median"}
     values |= {"step_seconds_low": "min", "step_seconds_high": "max"}
     keys = ["model", "batch", "context"]
-    measures = [("teacher", run.teacher), *((stage.name, stage.records["measure"]) for stage in run.stages)]
+    measures = [("teacher", run.teacher), *((model.name, model.records["measure"]) for model in run.models)]
     rows = [
         {**row, "model": "teacher" if row.get("model") == "teacher" else name}
         for name, measure in measures

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from distill.errors import UserError
 from distill.records import write_text
 from eval import distance, figures, page
-from eval.drawing import BYTES, NARROW, WIDE, count, fitting_unit, png, svg
+from eval.drawing import BYTES, NARROW, WIDE, count, fitting_unit, png, stage_of, svg
 from eval.page import NOT_MEASURED, PLUS_MINUS
 from eval.pareto import (
     Record,
@@ -96,7 +96,7 @@ def table(run: Path) -> str:
 
 
 def table_rows(frame: pd.DataFrame, tasks: dict[str, str]) -> list[list[str]]:
-    """The stage table as text: a header, then a row for the teacher and each stage.
+    """The stage table as text: a header, then a row for the teacher and each stage, trained further or not.
 
     A kind with one task only has no mean beside it.
     """
@@ -149,8 +149,10 @@ def summary(run: Run, frame: pd.DataFrame) -> str:
     )
     cost = [f"{count(best['tokens'])} training tokens"] if best["tokens"] >= 0 else []
     chosen = next(stage for stage in run.stages if stage.index == best["stage"])
-    spent = hybrids.set_index("stage")["minutes"]
+    spent = hybrids[hybrids["name"] == hybrids["name"].map(stage_of)].set_index("stage")["minutes"]
     minutes = sum(share * spent[stage.index] for stage, share in lineage_of(run.stages, chosen))
+    if best["name"] != stage_of(best["name"]):
+        minutes += best["minutes"]
     cost += [f"{minutes:,.1f} minutes of training"] if minutes >= 0 else []
     return text + (f", and took {' and '.join(cost)}." if cost else ".")
 
@@ -159,7 +161,7 @@ def missing(run: Run) -> list[str]:
     """What an unfinished run still lacks, a line each; empty when every record is there."""
     lacks = [] if run.config else ["run.yaml (the resolved config)"]
     lacks += [] if run.teacher else ["the teacher: not measured"]
-    for stage in run.stages:
+    for stage in run.models:
         absent = [step for step, record in stage.records.items() if record is None]
         if stage.log and "train" in absent:
             reached = f"step {max(int(line.get('step', 0)) for line in stage.log):,}"
@@ -169,14 +171,15 @@ def missing(run: Run) -> list[str]:
         begun = bool(stage.log) or any(stage.records.values())
         if absent:
             what = f"lacks {', '.join(absent)}" if begun else "not started"
-            lacks.append(f"stage {stage.index}, {stage.name}: {what}")
+            lacks.append(f"{'' if stage.tuning else f'stage {stage.index}, '}{stage.name}: {what}")
     return lacks
 
 
 def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     """The figures of the page in their order; one whose records are not there yet has no `draw`."""
     placed = [stage for stage in run.stages if stage.records["place"]]
-    losses, decode, distances = loss_frame(run), throughput_frame(run), distance.distance_frame(run)
+    losses, decode, tuned = loss_frame(run), throughput_frame(run), loss_frame(run, tuned=True)
+    distances, notes = distance.distance_frame(run), _squares(run) + _uneven(frame)
     reach = escape(distance.told(distances))
 
     def plot(name: str, draw: Callable[..., Figure], data: Any, ready: bool, extra: str = "") -> Plot:
@@ -186,12 +189,16 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     def has(data: pd.DataFrame, *columns: str) -> bool:
         return len(data.dropna(subset=list(columns))) > 0
 
+    names = [model.name for model in run.models]
+    tuning = partial(figures.loss, label="cross-entropy (nats a token)", models=names)
+    fine_tuning = plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))
     return [
-        plot("pareto", figures.pareto, frame, has(frame, "tokens_per_second", "generative"), _uneven(frame)),
+        plot("pareto", figures.pareto, frame, has(frame, "tokens_per_second", "generative"), notes),
         *([plot("distance", distance.by_distance, distances, True, reach)] if len(distances) else []),
         plot("placement", figures.placement, placed, bool(placed)),
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", figures.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
+        *([fine_tuning] if run.tuned else []),
         plot("decode", figures.decode_time, decode, has(decode, "step_seconds")),
         plot("cache", figures.cache, decode, has(decode, "cache_bytes")),
     ]
@@ -285,6 +292,22 @@ def _at_cache(frame: pd.DataFrame) -> str:
     return "" if known.isna().any() else f" (batch {known.iloc[0]:.0f}, context {known.iloc[1]:,.0f})"
 
 
+def _squares(run: Run) -> str:
+    """What a square is, where there are any."""
+    return " Squares are stages trained further after distillation, in their stage's colour." if run.tuned else ""
+
+
+def _merged(run: Run) -> str:
+    """How each fine-tuned model was merged with its stage, and the loss of the result."""
+    found = [(model.name, model.records["merge"]) for model in run.tuned]
+    return "".join(
+        f" {escape(name)}: merged with alpha = {number(merge, 'alpha'):g}, "
+        f"held-out loss {measured(number(merge, 'eval_loss'), '{:.4f}')}."
+        for name, merge in found
+        if merge
+    )
+
+
 def _uneven(frame: pd.DataFrame) -> str:
     """A warning where the teacher's own speed differed between the runs that timed it."""
     speeds = frame["teacher_tokens_per_second"].dropna()
@@ -304,7 +327,7 @@ def _rank_correlation(scores: Record) -> str:
 
 def _planned_steps(run: Run, stage: Stage) -> int:
     """The training steps that the config plans for a stage; 0 where it does not say."""
-    train = run.config.get("train")
+    train = run.config.get(stage.tuning.lower() or "train")
     train = train if isinstance(train, dict) else {}
     each = train.get("steps_by_stage") or []
     steps = each[stage.index - 1] if len(each) >= stage.index else train.get("steps")

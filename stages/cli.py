@@ -20,6 +20,8 @@ VERBS = {
     "train": "stages.train",
     "measure": "stages.measure",
     "report": "stages.report",
+    "sft": "stages.sft",
+    "merge": "stages.merge",
     "submit": "stages.submit",
     "pretrain": "stages.pretrain",
     "traces": "stages.traces",
@@ -62,7 +64,15 @@ def traces_options(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="begin anew, whatever was written with other settings")
 
 
-OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"traces": traces_options}
+def merge_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill merge``."""
+    parser.add_argument("a", metavar="A", help="CHECKPOINT whose config and tokenizer are kept")
+    parser.add_argument("b", metavar="B", help="CHECKPOINT of the same architecture and placement")
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of A, in [0, 1] (default: 0.5)")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"traces": traces_options, "merge": merge_options}
 """Verbs with options of their own in place of a target and key=value."""
 
 
@@ -89,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="config values set over the file's")
         if verb in ("score", "place", "swap", "train", "measure"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
-        if verb in ("run", "score", "place", "swap", "train", "measure"):
+        if verb == "sft":
+            sub.add_argument("--stage", help="H1-5, or its number; by default the last one that is distilled")
+        if verb in ("run", "score", "place", "swap", "train", "measure", "sft"):
             sub.add_argument(
                 "--force", action="store_true", help="redo what was made with other inputs, and what follows"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from distill.data.mixture import check_data, load_data
 from distill.data.traces import EMBEDDED
 from distill.errors import UserError
 from distill.hybrid.surgery import hybrid_config
-from distill.placement import ATTENTION, parse_name, replace
+from distill.placement import ATTENTION, parse_name, replace, tuned_name
 from distill.records import Step, dependents, fingerprint, forget, read_json, write_text
 from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
@@ -56,6 +57,8 @@ class Context:
     """What the teacher is, for fingerprints: its config, and the contents of its files."""
     data: Any
     """What the data files hold, for fingerprints."""
+    sft_data: Any = ""
+    """The same of the traces for fine-tuning."""
     starts: dict[str, str] = field(default_factory=dict)
     """What the hybrids hold that stages start from, by folder, for fingerprints."""
 
@@ -67,6 +70,10 @@ class Context:
         """The distilled model of a stage, or what it was after ``step`` steps (if those are kept)."""
         folder = self.folder(stage, "train")
         return folder / "checkpoint" if step is None else kept(folder, step)
+
+    def tuned_folder(self, stage: Stage, step: str) -> Path:
+        """Where a step of a stage's fine-tuning writes."""
+        return self.run_dir / "posttrain" / tuned_name(stage.folder) / step
 
     def before(self, stage: Stage) -> tuple[str, list[str]]:
         """What a stage starts from: the model (a name or folder) and its placement, the mixer of every block.
@@ -80,19 +87,31 @@ class Context:
         model = need(self.checkpoint(source, start.step), "train")
         return str(model), read_json(self.folder(source, "place") / "placement.json")["mixers"]
 
-    def rows(self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
-        """Packed rows of the run's data; the seed says which."""
-        return load_data(self.config.data, tokenizer, count, seed, held_out=held_out)
+    @property
+    def sft_source(self) -> DataConfig:
+        """What a fine-tuning is trained on: ``sft.source``, or the run's own data."""
+        source = self.config.sft.source
+        return dataclasses.replace(self.config.data, source=source, mixture=[]) if source else self.config.data
+
+    def rows(
+        self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False, data: DataConfig | None = None
+    ) -> Any:
+        """Packed rows of the run's data, or of other ``data``; the seed says which."""
+        return load_data(data or self.config.data, tokenizer, count, seed, held_out=held_out)
 
     def seed(self, stage: Stage, purpose: int) -> int:
         """A seed for one purpose within one stage: no two share data or dropout."""
         return (self.config.seed * 1000 + stage.index * 10 + purpose) % 2**32
 
     def steps(self) -> list[Step]:
-        """Every step of the run in order, each with the inputs that it depends on."""
+        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings."""
+        return [*self.run_steps(), *(step for stage in self.stages for step in self.sft_steps(stage))]
+
+    def run_steps(self) -> list[Step]:
+        """The steps of the run itself: the teacher's measure, then stage by stage."""
         config = self.config
         base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
-        trained_on = {"threads": self.threads, "kernels": config.kernels}
+        trained_on = self.computed()
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
             train.pop(key)
@@ -122,16 +141,49 @@ class Context:
                     ends.append(after)
         return steps
 
+    def sft_steps(self, stage: Stage) -> list[Step]:
+        """The steps that fine-tune a stage's distilled model, merge it and measure it."""
+        config, sft = self.config, self.config.sft
+        base = {"seed": config.seed, "dtype": config.dtype}
+        keys = ("weight_decay", "beta2", "max_grad_norm", "eval_rows", "gradient_checkpointing")
+        train = {key: getattr(config.train, key) for key in keys}
+        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", "source")}
+        data = {**asdict(self.sft_source), "content": self.sft_data}
+        inputs = {
+            "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
+            "merge": {"alpha": sft.alpha},
+            "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
+        }
+        trained = self.step(stage, "train")
+        steps, after = [], {trained.name: trained.fingerprint}
+        for name, values in inputs.items():
+            folder = self.tuned_folder(stage, name)
+            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after))
+            after = {steps[-1].name: steps[-1].fingerprint}
+        return steps
+
+    def computed(self) -> dict[str, Any]:
+        """What besides the config decides the bits that a training ends with."""
+        return {"threads": self.threads, "kernels": self.config.kernels}
+
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""
-        return next(s for s in self.steps() if s.name == f"{stage.folder}/{name}")
+        return next(s for s in self.run_steps() if s.name == f"{stage.folder}/{name}")
 
 
-def open_run(target: str, overrides: list[str], *, force: bool = False, write: bool = True) -> Context:
+def open_run(
+    target: str,
+    overrides: list[str],
+    *,
+    force: bool = False,
+    write: bool = True,
+    also: Callable[[Context], list[Step]] | None = None,
+) -> Context:
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
     With ``write`` the resolved config goes to ``run.yaml``, and what was finished with other inputs is refused, or
-    (``force``) forgotten together with all that depends on it.
+    (``force``) forgotten together with all that depends on it: steps of the run, and those that ``also`` names (a
+    fine-tuning is checked only by the verb that does it).
     """
     config = read_config(target, overrides)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
@@ -149,9 +201,11 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     teacher, data = identity(config.teacher, model), data_identity(config.data)
     folders = {stage.start.path for stage in stages} - {""}
     starts = {folder: f"hybrid {identity(folder, load_model_config(folder))}" for folder in sorted(folders)}
-    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data, starts)
+    context = Context(config, Path(config.run_dir).expanduser(), stages, threads, teacher, data, data, starts)
+    if config.sft.source:
+        context.sft_data = data_identity(context.sft_source)
     if write:
-        check_finished(context, force=force)
+        check_finished(context, also(context) if also else [], force=force)
         for line in unrecorded(stages):
             say(f"warning: {line}")
         try:
@@ -162,7 +216,7 @@ def open_run(target: str, overrides: list[str], *, force: bool = False, write: b
     return context
 
 
-def check_finished(context: Context, *, force: bool) -> None:
+def check_finished(context: Context, also: list[Step], *, force: bool) -> None:
     """Refuse what was finished with other inputs, or (``force``) remove it together with all that depends on it."""
     for folder, stage in misplaced(context.run_dir, context.stages).items():
         if not force:
@@ -174,7 +228,7 @@ def check_finished(context: Context, *, force: bool) -> None:
         shutil.rmtree(folder)
     steps = context.steps()
     stale: set[str] = set()
-    for step in steps:
+    for step in [*context.run_steps(), *also]:
         if step.name in dependents(steps, stale):
             continue
         try:

@@ -52,18 +52,23 @@ def measure_teacher(context: Context, folder: Path) -> None:
 
 def measure(context: Context, stage: Stage, folder: Path) -> None:
     begin(context, stage, 4)
-    say(f"{stage.name}: measuring accuracy and throughput")
-    teacher = load_model(context.config.teacher, context.config.dtype)
-    model = load_model(str(context.checkpoint(stage)), context.config.dtype)
-    set_kernels(model, context.config.kernels)
-    record = {
-        "name": stage.name,
-        "replaced": stage.replaced,
-        "num_blocks": stage.num_blocks,
+    spent = {
         "tokens": lineage_tokens(context.config, context.stages, stage),
         "minutes": read_json(context.folder(stage, "train") / "train.json")["minutes"],
     }
-    write_json(folder / "measure.json", {**record, **figures(context, {"teacher": teacher, stage.name: model})})
+    measure_hybrid(context, stage, stage.name, context.checkpoint(stage), spent, folder)
+
+
+def measure_hybrid(
+    context: Context, stage: Stage, name: str, checkpoint: Path, spent: dict[str, Any], folder: Path
+) -> None:
+    """Measure a model with the placement of ``stage`` beside the teacher; ``spent`` is what it cost."""
+    say(f"{name}: measuring accuracy and throughput")
+    teacher = load_model(context.config.teacher, context.config.dtype)
+    model = load_model(str(checkpoint), context.config.dtype)
+    set_kernels(model, context.config.kernels)
+    record = {"name": name, "replaced": stage.replaced, "num_blocks": stage.num_blocks, **spent}
+    write_json(folder / "measure.json", {**record, **figures(context, {"teacher": teacher, name: model})})
 
 
 def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:

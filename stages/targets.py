@@ -63,7 +63,7 @@ def check(config: RunConfig) -> None:
     for name in (config.score.first, config.score.later):
         choose("score", name, scores())
     choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
-    train, throughput = config.train, config.measure.throughput
+    train, sft, throughput = config.train, config.sft, config.measure.throughput
     positive = {
         "data.sequence_length": config.data.sequence_length,
         "train.batch_size": train.batch_size,
@@ -71,6 +71,10 @@ def check(config: RunConfig) -> None:
         "train.temperature": train.temperature,
         "train.learning_rate": train.learning_rate,
         "train.eval_rows": train.eval_rows,
+        "sft.steps": sft.steps,
+        "sft.batch_size": sft.batch_size,
+        "sft.gradient_accumulation": sft.gradient_accumulation,
+        "sft.learning_rate": sft.learning_rate,
         "plan.utilisation": config.plan.utilisation,
         "score.mmr.steps": config.score.mmr.steps,
         "score.mmr.heldout_tokens": config.score.mmr.heldout_tokens,
@@ -89,6 +93,8 @@ def check(config: RunConfig) -> None:
         "train.mixer_learning_rate": train.mixer_learning_rate,
         "train.weight_decay": train.weight_decay,
         "train.max_grad_norm": train.max_grad_norm,
+        "sft.warmup_steps": sft.warmup_steps,
+        "sft.save_steps": sft.save_steps,
         "score.loo.questions": config.score.loo.questions,
         "measure.limit": config.measure.limit,
         "measure.max_new_tokens": config.measure.max_new_tokens,
@@ -103,8 +109,11 @@ def check(config: RunConfig) -> None:
         raise UserError(f"train.beta2={train.beta2} must be in [0, 1)")
     if not throughput.batches or throughput.output_tokens < 2:
         raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
-    if train.batch_size % train.gradient_accumulation:
-        raise UserError(
-            f"train.batch_size={train.batch_size} is not divisible by "
-            f"train.gradient_accumulation={train.gradient_accumulation}"
-        )
+    if not 0 <= sft.alpha <= 1:
+        raise UserError(f"sft.alpha={sft.alpha} must be in [0, 1]: merged = alpha * SFT + (1 - alpha) * H1-h")
+    for key, part in (("train", train), ("sft", sft)):
+        if part.batch_size % part.gradient_accumulation:
+            raise UserError(
+                f"{key}.batch_size={part.batch_size} is not divisible by "
+                f"{key}.gradient_accumulation={part.gradient_accumulation}"
+            )

@@ -50,6 +50,22 @@ def document_starts(
     return starts
 
 
+def mark_documents(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hook before the forward of a hybrid's backbone: adds ``document_starts``, which its mixers read.
+
+    On the backbone and not on the whole model, because a trainer with a fused LM head (TRL's) calls it directly:
+    without the marks, states would run from one packed document into the next.
+    """
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    assert tokens is not None, "input_ids or inputs_embeds"
+    past = kwargs.get("past_key_values")
+    past = past is not None and past.get_seq_length() > 0
+    shape = (tokens.shape[0], tokens.shape[1])
+    starts = document_starts(kwargs.get("position_ids"), kwargs.get("attention_mask"), shape, past)
+    return args, {**kwargs, "document_starts": starts}
+
+
 class HybridMixin:
     """Puts the mixers in place and tells them where documents begin."""
 
@@ -64,6 +80,8 @@ class HybridMixin:
         for block, name in enumerate(self.config.mixers):
             if name != ATTENTION:
                 self.model.layers[block].self_attn = mixer_class(name)(self.config, block)
+        if set(self.config.mixers) != {ATTENTION}:
+            self.model.register_forward_pre_hook(mark_documents, with_kwargs=True)
 
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "mil_slots"):
@@ -83,9 +101,6 @@ class HybridMixin:
     ) -> Any:
         """The family's forward. With ``objective``, returns its loss and computes no logits (so that the loss
         can go through the head in chunks, inside whatever wraps this module)."""
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        assert tokens is not None, "input_ids or inputs_embeds"
-        past = past_key_values is not None and past_key_values.get_seq_length() > 0
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -93,9 +108,6 @@ class HybridMixin:
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
         }
-        if self.config.mixers.count(ATTENTION) < len(self.config.mixers):
-            shape = (tokens.shape[0], tokens.shape[1])
-            kwargs["document_starts"] = document_starts(position_ids, attention_mask, shape, past)
         if objective is None:
             return super().forward(**inputs, **kwargs)  # type: ignore[misc]
         hidden = self.model(**inputs, **kwargs).last_hidden_state

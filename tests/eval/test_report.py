@@ -24,7 +24,7 @@ from distill.errors import UserError
 from eval import drawing, figures
 from eval.page import NOT_MEASURED, aligned
 from eval.page import table as html_table
-from eval.pareto import lineage_of, loss_frame, on_frontier, read_run, stage_frame, throughput_frame
+from eval.pareto import lineage_of, loss_frame, on_frontier, read_run, stage_frame, tasks_of, throughput_frame
 from eval.report import TERMINAL, missing, plots_of, summary, table, table_rows, write_report
 
 BLOCKS = 10
@@ -128,6 +128,29 @@ def build_run(path: Path, stages: dict[int, Any] | None = None, steps: int = 200
         record = measure(name, replaced, 4096 * steps * index, level, ratio)
         write_json(stage / "measure" / "measure.json", record)
     return path
+
+
+def tune(
+    run: Path, index: int, level: float, ratio: float, *, steps: tuple[str, ...] = ("train", "merge", "measure")
+) -> Path:
+    """Adds what ``distill sft`` writes for a stage of `run`, up to the last of `steps`."""
+    stage = sorted((run / "stages").iterdir())[index - 1]
+    replaced, folder = int(stage.name.split("-")[-1]), run / "posttrain" / f"{stage.name}-SFT"
+    before = json.loads((stage / "measure" / "measure.json").read_text())["tokens"]
+    log = [{"step": step, "loss": 0.4 - step / 1000, "tokens": 2048 * step} for step in range(1, 101)]
+    log += [{"step": 0, "eval_loss": 0.41}, {"step": 100, "eval_loss": 0.31}]
+    train = "train" if "train" in steps else "train.partial"
+    (folder / train).mkdir(parents=True)
+    (folder / train / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    record = measure(f"H1-{replaced}/{BLOCKS}-SFT", replaced, before + 204_800, level, ratio) | {"minutes": 0.75}
+    records = {
+        "train": {"steps": 100, "tokens": 204_800, "minutes": 0.75, "eval_loss_start": 0.41, "eval_loss_end": 0.31},
+        "merge": {"alpha": 0.25, "eval_loss": 0.345},
+        "measure": record,
+    }
+    for step in steps:
+        write_json(folder / step / f"{step}.json", records[step])
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -594,3 +617,70 @@ def test_mixers_keep_their_colours() -> None:
     assert colours["mamba1"] == drawing.mixer_colours([])["mamba1"]
     assert len(set(colours.values())) == len(colours)
     assert drawing.model_colours(["teacher", "a", "b"])["teacher"] == drawing.INK
+
+
+def test_a_fine_tuned_stage_follows_its_stage(tmp_path: Path) -> None:
+    run = read_run(tune(build_run(tmp_path / "run"), 1, 0.98, 1.42))
+    frame = stage_frame(run)
+    assert list(frame["name"]) == ["teacher", "H1-5/10", "H1-5/10-SFT", "H1-7/10"]
+    assert list(frame["stage"]) == [0, 1, 1, 2]
+    assert frame["tokens"].iloc[2] == 4096 * 200 + 204_800
+    assert [row[0] for row in table_rows(frame, tasks_of(run))][3] == "H1-5/10-SFT"
+    assert set(throughput_frame(run)["model"]) == set(frame["name"])
+    tuned = loss_frame(run, tuned=True)
+    assert set(tuned["model"]) == {"H1-5/10-SFT"}
+    assert tuned["tokens"].iloc[0] == 4096 * 200 and tuned["tokens"].iloc[-1] == 4096 * 200 + 204_800
+    assert set(loss_frame(run)["model"]) == {"H1-5/10", "H1-7/10"}, "the losses are of two kinds"
+    assert missing(run) == []
+    plots = {plot.name: plot for plot in plots_of(run, frame)}
+    assert "merged with alpha = 0.25, held-out loss 0.3450" in plots["tuning"].caption
+    assert "Squares" in plots["pareto"].caption
+    write_report(run.path)
+    assert "tuning.png" in {path.name for path in (run.path / "report").iterdir()}
+    assert "H1-5/10-SFT" in (run.path / "report/report.html").read_text()
+
+
+def test_without_fine_tuning_nothing_is_said_of_it(full: Path) -> None:
+    run = read_run(full)
+    assert run.models == list(run.stages)
+    text = (full / "report/report.html").read_text()
+    assert "Fine-tuning" not in text and "Squares" not in text
+
+
+def test_best_hybrid_is_not_chosen_by_noise_between_equally_fast_models(tmp_path: Path) -> None:
+    """The fine-tuned model is the stage's equal in speed; the more accurate of the two counts, and its cost."""
+    for level, best, minutes in ((0.98, "H1-5/10-SFT", "3.1"), (0.955, "H1-5/10", "2.3")):
+        run = read_run(tune(build_run(tmp_path / best.replace("/", "-")), 1, level, 1.42 if level > 0.96 else 1.5))
+        text = summary(run, stage_frame(run))
+        assert text.startswith(f"{best} keeps")
+        assert f"{minutes} minutes of training" in text
+
+
+def test_a_fine_tuning_that_was_cut_short_is_missing(tmp_path: Path) -> None:
+    run = tune(build_run(tmp_path / "run"), 1, 0.98, 1.42, steps=())
+    config = yaml.safe_load((run / "run.yaml").read_text())
+    (run / "run.yaml").write_text(yaml.safe_dump({**config, "sft": {"steps": 300}}))
+    assert missing(read_run(run)) == ["H1-5/10-SFT: lacks train (reached step 100 of 300), merge, measure"]
+    line = next(line for line in table(run).splitlines() if line.startswith("H1-5/10-SFT"))
+    assert NOT_MEASURED in line
+
+
+def test_a_fine_tuned_stage_keeps_its_colour_and_has_a_square(tmp_path: Path) -> None:
+    names = ["teacher", "H1-5/10", "H1-5/10-SFT", "H1-7/10"]
+    colours = drawing.model_colours(names)
+    assert colours["H1-5/10-SFT"] == colours["H1-5/10"] != colours["H1-7/10"]
+    assert colours["H1-7/10"] == drawing.model_colours(["H1-5/10", "H1-7/10"])["H1-7/10"]
+    assert [drawing.marker(name) for name in names] == ["D", "o", "s", "o"]
+    run = read_run(tune(build_run(tmp_path / "run"), 2, 0.98, 1.42))
+    axes = figures.pareto(stage_frame(run)).axes[0]
+    assert sorted(line.get_marker() for line in axes.lines if line.get_marker() in ("o", "s", "D")) == [
+        "D",
+        "o",
+        "o",
+        "s",
+    ]
+    plots = {plot.name: plot for plot in plots_of(run, stage_frame(run))}
+    draw = plots["tuning"].draw
+    assert draw is not None
+    line = next(line for line in draw(8.4).axes[0].lines if line.get_label() == "H1-7/10-SFT")
+    assert line.get_color() == colours["H1-7/10"], "as in the other figures"

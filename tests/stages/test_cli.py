@@ -98,7 +98,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
-    assert "CONFIG" in text
+    assert ("CHECKPOINT" if verb == "merge" else "CONFIG") in text
     assert ("key=value" in text) != (verb in OPTIONS)
 
 

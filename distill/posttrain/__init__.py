@@ -1,0 +1,1 @@
+"""What follows distillation: fine-tuning on traces (``sft``) and averaging of checkpoints (``merge``)."""

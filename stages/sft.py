@@ -1,0 +1,159 @@
+"""Fine-tune a distilled stage on traces, merge it with that stage, and measure the merged model (H1-h-SFT).
+
+    distill sft demo              (or: distill sft runs/demo --stage H1-5 sft.steps=200 sft.alpha=0.7)
+
+CONFIG or RUN. Cross-entropy on the traces' own targets through TRL; then merged = alpha * SFT + (1 - alpha) * H1-h,
+and the report with it. Writes ``posttrain/01-H1-5-SFT/{train,merge,measure}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distill.config import TrainConfig
+from distill.data.traces import check_source
+from distill.errors import UserError
+from distill.mixers import set_kernels
+from distill.placement import tuned_name
+from distill.posttrain.merge import merge as average
+from distill.posttrain.sft import fine_tune
+from distill.records import Step, read_json, write_json
+from distill.schedule import Stage
+from distill.teacher import load_model, load_tokenizer
+from distill.trainer import append_line, heldout_loss
+from eval.report import table, write_report
+from stages import measure as measuring
+from stages.common import HELD_OUT_SEED, Context, begin, find_stage, need, open_run, say
+from stages.lineage import lineage_tokens
+
+LOSS = "cross_entropy"
+
+
+def main(args: argparse.Namespace) -> int:
+    def planned(context: Context) -> list[Step]:
+        if context.config.sft.source:
+            check_source(context.config.sft.source, context.config.data.mix, "sft.source")
+        return context.sft_steps(pick(context, args.stage))
+
+    context = open_run(args.target, args.overrides, force=args.force, also=planned)
+    run_stage(context, pick(context, args.stage))
+    page = write_report(context.run_dir)
+    say("\n" + table(context.run_dir))
+    say(f"\nreport: {page}")
+    return 0
+
+
+def pick(context: Context, name: str | None) -> Stage:
+    """The stage that ``--stage`` names, or the last that has been distilled; UserError where there is none."""
+    if name is not None:
+        stage = find_stage(context, name, "train")
+        assert stage is not None
+        need(context.checkpoint(stage), "train")
+        return stage
+    done = [stage for stage in context.stages if context.step(stage, "train").done]
+    if not done:
+        raise UserError(f"no stage of {context.run_dir} has been distilled: run 'distill run' or 'distill train' first")
+    return done[-1]
+
+
+def run_stage(context: Context, stage: Stage) -> bool:
+    """Fine-tune, merge and measure one stage; returns whether there was anything to do."""
+    name = tuned_name(stage.name)
+    did = measuring.run_teacher(context)
+    works: tuple[Callable[[Context, Stage, Path], None], ...] = (train, merge, measure)
+    for step, work in zip(context.sft_steps(stage), works, strict=True):
+        if step.perform(partial(work, context, stage), resumable=work is train):
+            did = True
+        else:
+            say(f"{name}: {step.folder.name} is done already")
+    return did
+
+
+def options_of(context: Context) -> TrainConfig:
+    """How the fine-tuning trains: ``sft`` where it says, ``train`` for the rest."""
+    sft = context.config.sft
+    return replace(
+        context.config.train,
+        loss=LOSS,
+        steps=sft.steps,
+        batch_size=sft.batch_size,
+        gradient_accumulation=sft.gradient_accumulation,
+        learning_rate=sft.learning_rate,
+        mixer_learning_rate=0.0,
+        warmup_steps=sft.warmup_steps,
+        save_steps=sft.save_steps,
+    )
+
+
+def train(context: Context, stage: Stage, folder: Path) -> None:
+    config, sft, options = context.config, context.config.sft, options_of(context)
+    name, seed = tuned_name(stage.name), begin(context, stage, 5)
+    tokenizer = load_tokenizer(config.teacher)
+    model = load_model(str(context.checkpoint(stage)))
+    set_kernels(model, config.kernels)
+    rows = context.rows(tokenizer, sft.steps * sft.batch_size, seed, data=context.sft_source)
+    heldout = held_out(context, tokenizer)
+    tokens = sft.steps * sft.batch_size * config.data.sequence_length
+    start = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
+    say(f"{name}: {sft.steps} steps, {tokens:,} tokens; held-out {LOSS} before {start:.4f}")
+    began, log = time.monotonic(), folder / "log.jsonl"
+    fine_tune(
+        model, tokenizer, rows, options, sft.steps, folder / "checkpoints",
+        seed=seed, dtype=config.dtype, title=name, log=log,
+    )  # fmt: skip
+    minutes = (time.monotonic() - began) / 60
+    end = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
+    for step, loss in ((0, start), (sft.steps, end)):
+        append_line(log, {"step": step, "eval_loss": loss})
+    model.config.use_cache = True
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    lineage = context.checkpoint(stage) / "lineage.json"
+    if lineage.is_file():
+        entry = {"name": name, "tokens": tokens, "steps": sft.steps}
+        write_json(folder / "checkpoint" / "lineage.json", [*read_json(lineage), entry])
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    losses = {"eval_loss_start": start, "eval_loss_end": end}
+    spent = {"steps": sft.steps, "tokens": tokens, "minutes": round(minutes, 3)}
+    write_json(folder / "train.json", {**spent, "loss": LOSS, **losses})
+    say(f"{name}: held-out {LOSS} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
+
+
+def merge(context: Context, stage: Stage, folder: Path) -> None:
+    sft = context.config.sft
+    tuned = context.tuned_folder(stage, "train")
+    average(tuned / "checkpoint", context.checkpoint(stage), sft.alpha, folder / "checkpoint")
+    model = load_model(str(folder / "checkpoint"))
+    set_kernels(model, context.config.kernels)
+    heldout = held_out(context, load_tokenizer(context.config.teacher))
+    loss = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
+    write_json(folder / "merge.json", {"alpha": sft.alpha, "eval_loss": loss})
+    losses = read_json(tuned / "train.json")
+    say(
+        f"{tuned_name(stage.name)}: {sft.alpha:g} * SFT + {1 - sft.alpha:g} * {stage.name}; held-out {LOSS} "
+        f"{losses['eval_loss_end']:.4f} (SFT), {losses['eval_loss_start']:.4f} ({stage.name}), {loss:.4f} (merged)"
+    )
+
+
+def measure(context: Context, stage: Stage, folder: Path) -> None:
+    begin(context, stage, 6)
+    train = read_json(context.tuned_folder(stage, "train") / "train.json")
+    spent = {
+        "tokens": lineage_tokens(context.config, context.stages, stage) + train["tokens"],
+        "minutes": train["minutes"],
+    }
+    checkpoint = context.tuned_folder(stage, "merge") / "checkpoint"
+    measuring.measure_hybrid(context, stage, tuned_name(stage.name), checkpoint, spent, folder)
+
+
+def held_out(context: Context, tokenizer: Any) -> Any:
+    """Fixed held-out rows of the traces."""
+    rows = context.config.train.eval_rows
+    return context.rows(tokenizer, rows, HELD_OUT_SEED, held_out=True, data=context.sft_source)
