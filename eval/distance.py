@@ -37,7 +37,7 @@ def wilson(value: float, count: float, z: float = 1.96) -> tuple[float, float]:
 def distance_frame(run: Run) -> pd.DataFrame:
     """A row for every model, task and distance measured: stage, name, task, distance, value, stderr, n and the
     Wilson interval low, high. Accuracies are fractions."""
-    measures = [(0, "teacher", run.teacher), *((s.index, s.name, s.records["measure"]) for s in run.stages)]
+    measures = [(0, "teacher", run.teacher), *((s.index, s.name, s.records["measure"]) for s in run.models)]
     rows = []
     for stage, name, measure in measures:
         for row in (measure or {}).get("by_distance") or []:

@@ -27,7 +27,7 @@ from distill.posttrain.sft import fine_tune
 from distill.records import Step, read_json, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
-from distill.trainer import append_line, heldout_loss
+from distill.trainer import append_line, heldout_loss, logged_minutes
 from eval.report import table, write_report
 from stages import measure as measuring
 from stages.common import HELD_OUT_SEED, Context, begin, find_stage, need, open_run, say
@@ -103,12 +103,13 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     tokens = sft.steps * sft.batch_size * config.data.sequence_length
     start = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     say(f"{name}: {sft.steps} steps, {tokens:,} tokens; held-out {LOSS} before {start:.4f}")
-    began, log = time.monotonic(), folder / "log.jsonl"
+    log = folder / "log.jsonl"
+    earlier, began = logged_minutes(log), time.monotonic()
     fine_tune(
         model, tokenizer, rows, options, sft.steps, folder / "checkpoints",
         seed=seed, dtype=config.dtype, title=name, log=log,
     )  # fmt: skip
-    minutes = (time.monotonic() - began) / 60
+    minutes = earlier + (time.monotonic() - began) / 60
     end = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     for step, loss in ((0, start), (sft.steps, end)):
         append_line(log, {"step": step, "eval_loss": loss})
