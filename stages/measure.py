@@ -17,7 +17,8 @@ from distill.records import read_json, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
 from eval import accuracy, throughput
-from stages.common import Context, begin, need, say, stage_main
+from stages.common import begin, say, stage_main
+from stages.context import Context, need
 from stages.lineage import lineage_tokens
 
 

@@ -13,7 +13,8 @@ import time
 
 from eval.report import table, write_report
 from stages import measure, place, score, swap, train
-from stages.common import Context, open_run, say
+from stages.common import open_run, say
+from stages.context import Context
 
 
 def main(args: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from distill.errors import UserError
 from distill.placement import hybrid_name, replace
 from distill.records import read_json, write_json
 from distill.schedule import Stage
-from stages.common import Context, need, say, stage_main
+from stages.common import say, stage_main
+from stages.context import Context, need
 
 
 def main(args: argparse.Namespace) -> int:

@@ -20,7 +20,8 @@ from distill.records import write_json
 from distill.schedule import Stage
 from distill.teacher import RememberingTeacher, load_model, load_tokenizer
 from eval.loglikelihood import prepare
-from stages.common import HELD_OUT_SEED, Context, begin, say, stage_main
+from stages.common import HELD_OUT_SEED, begin, say, stage_main
+from stages.context import Context
 
 
 def main(args: argparse.Namespace) -> int:

@@ -30,7 +30,8 @@ from distill.teacher import load_model, load_tokenizer
 from distill.trainer import append_line, heldout_loss, logged_minutes
 from eval.report import table, write_report
 from stages import measure as measuring
-from stages.common import HELD_OUT_SEED, Context, begin, find_stage, need, open_run, say
+from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say
+from stages.context import Context, need
 from stages.lineage import lineage_tokens
 
 LOSS = "cross_entropy"

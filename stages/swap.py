@@ -14,7 +14,8 @@ from distill.hybrid.surgery import hybridize
 from distill.records import read_json
 from distill.schedule import TEACHER, Stage
 from distill.teacher import load_model, load_tokenizer
-from stages.common import Context, begin, need, say, stage_main
+from stages.common import begin, say, stage_main
+from stages.context import Context, need
 
 
 def main(args: argparse.Namespace) -> int:

@@ -28,7 +28,8 @@ from distill.errors import UserError, choose, nearest
 from distill.records import differences, provenance, read_json, write_json, write_text
 from distill.teacher import DTYPES, load_model, load_tokenizer
 from distill.teacher import load_config as load_model_config
-from stages.common import identity, say, set_threads, source_identity
+from stages.common import say, set_threads
+from stages.identity import identity, source_identity
 
 EMBEDDED_PROMPTS = 256  # taken where no --limit is given
 TOO_LONG = "prompt too long"

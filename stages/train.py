@@ -30,7 +30,8 @@ from distill.trainer import (
     logged_minutes,
     training_arguments,
 )
-from stages.common import HELD_OUT_SEED, Context, begin, need, say, stage_main
+from stages.common import HELD_OUT_SEED, begin, say, stage_main
+from stages.context import Context, need
 from stages.lineage import kept, lineage
 
 

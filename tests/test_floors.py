@@ -45,6 +45,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "stages",
         "stages.common",
+        "stages.context",
+        "stages.identity",
         "stages.lineage",
         "stages.targets",
     ),  # F10: shared, verbs, submit

@@ -1,0 +1,149 @@
+"""A run: its folders, its rows, and its steps with what each depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.config import DataConfig, RunConfig
+from distill.data.mixture import load_data
+from distill.errors import UserError
+from distill.placement import ATTENTION, tuned_name
+from distill.records import Step, read_json
+from distill.schedule import Stage
+from stages.lineage import kept
+
+
+@dataclass
+class Context:
+    """A run: its config, its teacher's shape, its stages."""
+
+    config: RunConfig
+    run_dir: Path
+    stages: list[Stage]
+    threads: int
+    teacher: str
+    """What the teacher is, for fingerprints: its config, and the contents of its files."""
+    data: Any
+    """What the data files hold, for fingerprints."""
+    sft_data: Any = ""
+    """The same of the traces for fine-tuning."""
+    starts: dict[str, str] = field(default_factory=dict)
+    """What the hybrids hold that stages start from, by folder, for fingerprints."""
+
+    def folder(self, stage: Stage, step: str) -> Path:
+        """Where a step of a stage writes."""
+        return self.run_dir / "stages" / stage.folder / step
+
+    def checkpoint(self, stage: Stage, step: int | None = None) -> Path:
+        """The distilled model of a stage, or what it was after ``step`` steps (if those are kept)."""
+        folder = self.folder(stage, "train")
+        return folder / "checkpoint" if step is None else kept(folder, step)
+
+    def tuned_folder(self, stage: Stage, step: str) -> Path:
+        """Where a step of a stage's fine-tuning writes."""
+        return self.run_dir / "posttrain" / tuned_name(stage.folder) / step
+
+    def before(self, stage: Stage) -> tuple[str, list[str]]:
+        """What a stage starts from: the model (a name or folder) and its placement, the mixer of every block.
+
+        Raises UserError while the earlier stage has not been trained.
+        """
+        start = stage.start
+        if start.stage is None:
+            return start.path or self.config.teacher, list(start.mixers) or [ATTENTION] * stage.num_blocks
+        source = self.stages[start.stage]
+        model = need(self.checkpoint(source, start.step), "train")
+        return str(model), read_json(self.folder(source, "place") / "placement.json")["mixers"]
+
+    @property
+    def sft_source(self) -> DataConfig:
+        """What a fine-tuning is trained on: ``sft.source``, or the run's own data."""
+        source = self.config.sft.source
+        return dataclasses.replace(self.config.data, source=source, mixture=[]) if source else self.config.data
+
+    def rows(
+        self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False, data: DataConfig | None = None
+    ) -> Any:
+        """Packed rows of the run's data, or of other ``data``; the seed says which."""
+        return load_data(data or self.config.data, tokenizer, count, seed, held_out=held_out)
+
+    def seed(self, stage: Stage, purpose: int) -> int:
+        """A seed for one purpose within one stage: no two share data or dropout."""
+        return (self.config.seed * 1000 + stage.index * 10 + purpose) % 2**32
+
+    def steps(self) -> list[Step]:
+        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings."""
+        return [*self.run_steps(), *(step for stage in self.stages for step in self.sft_steps(stage))]
+
+    def run_steps(self) -> list[Step]:
+        """The steps of the run itself: the teacher's measure, then stage by stage."""
+        config = self.config
+        base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
+        trained_on = self.computed()
+        data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
+        for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
+            train.pop(key)
+        data.pop("source" if config.data.mixture else "mixture")  # the one that is not used
+        data["content"] = self.data
+        measure = asdict(config.measure)
+        steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
+        ends: list[dict[str, str]] = []  # the training of every stage
+        for stage in self.stages:
+            start = stage.start
+            chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
+            score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
+            trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            inputs = {
+                "score": {**chosen, **base, "score": score, **trained, **trained_on},
+                "place": {"added": stage.added, "mixer": config.mixer.name},
+                "swap": {**base, "mixer": mixer},
+                "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
+                "measure": {**base, "measure": measure, "kernels": config.kernels},
+            }
+            after = {} if start.stage is None else ends[start.stage]
+            for name, values in inputs.items():
+                step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after))
+                steps.append(step)
+                after = {step.name: step.fingerprint}
+                if name == "train":
+                    ends.append(after)
+        return steps
+
+    def sft_steps(self, stage: Stage) -> list[Step]:
+        """The steps that fine-tune a stage's distilled model, merge it and measure it."""
+        config, sft = self.config, self.config.sft
+        base = {"seed": config.seed, "dtype": config.dtype}
+        keys = ("weight_decay", "beta2", "max_grad_norm", "eval_rows", "gradient_checkpointing")
+        train = {key: getattr(config.train, key) for key in keys}
+        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", "source")}
+        data = {**asdict(self.sft_source), "content": self.sft_data}
+        inputs = {
+            "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
+            "merge": {"alpha": sft.alpha},
+            "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
+        }
+        trained = self.step(stage, "train")
+        steps, after = [], {trained.name: trained.fingerprint}
+        for name, values in inputs.items():
+            folder = self.tuned_folder(stage, name)
+            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after))
+            after = {steps[-1].name: steps[-1].fingerprint}
+        return steps
+
+    def computed(self) -> dict[str, Any]:
+        """What besides the config decides the bits that a training ends with."""
+        return {"threads": self.threads, "kernels": self.config.kernels}
+
+    def step(self, stage: Stage, name: str) -> Step:
+        """One step of a stage."""
+        return next(s for s in self.run_steps() if s.name == f"{stage.folder}/{name}")
+
+
+def need(path: Path, verb: str) -> Path:
+    """``path``, which the verb must have written before."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run 'distill {verb}' on this run first")
+    return path
