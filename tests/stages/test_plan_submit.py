@@ -75,8 +75,8 @@ def test_batch_script_text() -> None:
 def test_submit_chains_one_job_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "demo", "name=my run", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert text.count("sbatch --parsable") == 2 * 5 + 1
-    assert text.count("#SBATCH --job-name=") == 2 * 5 + 1
+    assert text.count("sbatch --parsable") == 4 * 5 + 1
+    assert text.count("#SBATCH --job-name=") == 4 * 5 + 1
     for job in range(2, 12):
         assert f"job{job}=$(sbatch --parsable --dependency=afterok:$job{job - 1} --kill-on-invalid-dep=yes" in text
     assert "distill score demo 'name=my run' --stage H1-5\n" in text
