@@ -176,6 +176,18 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way(hybrid_family: Any) -> N
             torch.testing.assert_close(logits[row, cut:], hybrid_family(ids[row : row + 1, cut:]).logits[0], **CLOSE)
 
 
+def test_the_backbone_called_by_itself_keeps_documents_apart(hybrid: Any) -> None:
+    """As a frozen teacher does, and a trainer with a fused LM head."""
+    ids = torch.randint(5, 56, (1, 24), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    with torch.no_grad():
+        packed = hybrid.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        alone = hybrid.model(input_ids=ids[:, 10:], use_cache=False).last_hidden_state
+        joined = hybrid.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.allclose(packed[:, 10:], alone, atol=1e-5)
+    assert not torch.allclose(joined[:, 10:], alone, atol=1e-2)
+
+
 def test_document_starts() -> None:
     positions = torch.tensor([[0, 1, 0, 1, 2]])
     assert document_starts(positions, None, (1, 5), False).tolist() == [[True, False, True, False, False]]
