@@ -1,9 +1,10 @@
 """The paper's claims on the embedded teacher: one claim a command, three seeds, equal tokens, a table and JSON.
 
     python benchmarks/claims.py losses              (--seeds 0 1 2 --jobs 2 --folder runs/claims)
-    python benchmarks/claims.py all --json docs/claims.json
+    python benchmarks/claims.py all --json docs/claims.json --doc docs/claims.md
 
-What has been run already is read back from the folder. ``docs/claims.md`` shows all of it with a verdict.
+What has been run already is read back from the folder. ``docs/claims.md`` shows all of it with a verdict; ``--doc``
+puts the tables in their places there.
 """
 
 from __future__ import annotations
@@ -222,6 +223,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def placed_in(document: str, name: str, text: str) -> str:
+    """``document`` with ``text`` between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    head, found, rest = document.partition(f"<!-- {name} -->\n")
+    _, closed, tail = rest.partition(f"<!-- /{name} -->")
+    return f"{head}{found}\n{text}\n\n{closed}{tail}" if closed else document
+
+
 def teacher_loo(folder: Path) -> list[int]:
     """The order of the teacher's blocks by LOO on all 600 questions (once a folder)."""
     record = folder / "loo.json"
@@ -250,6 +258,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the base arm, of 1,024 tokens each")
     parser.add_argument("--folder", type=Path, default=Path("runs/claims"))
     parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--doc", type=Path, help="file with places for the tables, which are replaced")
     args = parser.parse_args()
     claims = Claims(
         teacher_loo(args.folder),
@@ -267,10 +276,13 @@ def main() -> None:
         results = claims.results([arm for seed in args.seeds for arm in claim.variants(seed).values()])
         rows = rows_of(claim, results, args.seeds)
         found: dict[str, Any] = {"title": claim.title, "rows": rows}
-        print(f"\n### {name}: {claim.title}\n\n{markdown(rows)}", flush=True)
+        text = markdown(rows)
         if claim.extra is not None:
             found["extra"] = claim.extra(results, args.seeds)
-            print("\n" + "\n".join(f"- {key}: {value}" for key, value in found["extra"].items()), flush=True)
+            text += "\n\n" + "\n".join(f"- {key}: {value}" for key, value in found["extra"].items())
+        print(f"\n### {name}: {claim.title}\n\n{text}", flush=True)
+        if args.doc:
+            args.doc.write_text(placed_in(args.doc.read_text(), name, text))
         report["claims"][name] = found
     if args.json:
         write_json(args.json, report)

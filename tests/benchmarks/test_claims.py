@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import arms
 from benchmarks.arms import Arm, Bench, ancestor, depth, run_all, seeded
-from benchmarks.claims import Claims, markdown, rows_of
+from benchmarks.claims import Claims, markdown, placed_in, rows_of
 from distill.records import read_json
 
 LOO = [7, 8, 9, 6, 3, 5, 4, 2, 1, 0]
@@ -79,6 +79,13 @@ def test_table_shows_mean_and_deviation(claims: Claims) -> None:
     assert rows[0]["accuracy %"] == pytest.approx(60) and rows[0]["accuracy % sd"] == pytest.approx(10)
     assert rows[0]["by seed"] == [50.0, 60.0, 70.0] and rows[0]["tokens"] == 102_400
     assert "| mil, annealed_kl, 102k | 102k |" in markdown(rows) and "60.0 ± 10.0" in markdown(rows)
+
+
+def test_tables_take_their_places_and_no_other() -> None:
+    document = "a\n<!-- init -->\nold\n<!-- /init -->\nb\n<!-- losses -->\nkept\n<!-- /losses -->\n"
+    placed = placed_in(document, "init", "new")
+    assert placed == document.replace("\nold\n", "\n\nnew\n\n") and placed_in(placed, "init", "new") == placed
+    assert placed_in(document, "depth", "new") == document
 
 
 def test_mmr_ranks_by_the_loss_it_says(claims: Claims) -> None:
