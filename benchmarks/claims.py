@@ -134,8 +134,8 @@ class Claims:
         }
 
     def staged(self, seed: int) -> dict[str, Arm]:
-        """5 -> 7 and 5 -> 6 -> 7 -> 8, against 7 and 8 at once."""
-        steps = 3 * self.base.steps
+        """5 -> 7 and 5 -> 7 -> 8, against 7 and 8 at once."""
+        total = 3 * self.base.steps
 
         def chain(counts: tuple[int, ...], each: int) -> Arm:
             arm = self.at(seed, counts[0], steps=each)
@@ -145,10 +145,10 @@ class Claims:
             return arm
 
         return {
-            "7 at once": self.at(seed, 7, steps=2 * steps),
-            "5 -> 7": chain((5, 7), steps),
-            "8 at once": self.at(seed, 8, steps=2 * steps),
-            "5 -> 6 -> 7 -> 8": chain((5, 6, 7, 8), steps // 2),
+            "7 at once": self.at(seed, 7, steps=total),
+            "5 -> 7": chain((5, 7), total // 2),
+            "8 at once": self.at(seed, 8, steps=total),
+            "5 -> 7 -> 8": chain((5, 7, 8), total // 3),
         }
 
     def placements(self, seed: int) -> dict[str, Arm]:
