@@ -14,7 +14,7 @@ from distill.config import PretrainConfig, RunConfig, SourceConfig, dump_config,
 from distill.data.families import FAMILIES
 from distill.errors import UserError
 from distill.losses import LOSSES
-from distill.schedule import build_schedule
+from distill.schedule import PAPER_BLOCKS, PAPER_SCHEDULE, build_schedule, scaled
 from stages.targets import check, config_path, shipped_configs
 
 
@@ -164,7 +164,8 @@ def test_shipped_config(name: str) -> None:
     assert config.name == name
     assert config.train.loss in LOSSES
     blocks = int(config.teacher_config.get("num_hidden_layers", 10))  # 10: the embedded teacher
-    assert [stage.replaced for stage in build_schedule(config, blocks)] == config.schedule
+    wanted = config.schedule or scaled(PAPER_SCHEDULE, PAPER_BLOCKS, blocks)
+    assert [stage.replaced for stage in build_schedule(config, blocks)] == wanted
 
 
 @pytest.mark.parametrize("kind", [RunConfig, PretrainConfig])
