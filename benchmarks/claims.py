@@ -157,6 +157,7 @@ class Claims:
         chosen = {
             "LOO": self.loo[:half],
             "MMR": self.mmr_order(seed)[:half],
+            "MMR, mixer only": self.mmr_order(seed, "mixer")[:half],
             "uniform": [2 * i + 1 for i in range(half)],
             "worst (by LOO)": self.loo[half:],
         }
