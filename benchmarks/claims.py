@@ -211,6 +211,8 @@ def rows_of(claim: Claim, results: Results, seeds: list[int]) -> list[dict[str, 
         }
         if all("accuracy" in r for r in found):
             figures["accuracy %"] = [100 * r["accuracy"] for r in found]
+            families = found[0].get("families", {})
+            row["families %"] = {name: round(100 * mean(r["families"][name] for r in found), 1) for name in families}
         for name, values in figures.items():
             row[name], row[f"{name} sd"] = mean(values), stdev(values) if len(values) > 1 else 0.0
         row["by seed"] = [round(v, 4) for v in figures.get("accuracy %", figures["reverse KL"])]
