@@ -47,20 +47,20 @@ EM_SPACE = "\u2003"  # a run of plain spaces would collapse in SVG
 def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     """Mean generative accuracy against throughput, from `eval.pareto.stage_frame` (the paper's Figure 4)."""
     colours = model_colours(frame["name"])
-    known = frame.dropna(subset=["tokens_per_second", "generative"])
-    xs, ys = known["tokens_per_second"], 100 * known["generative"]
+    known = frame.dropna(subset=["ratio", "generative"])
+    xs, ys = known["ratio"], 100 * known["generative"]
     errors = 100 * known["generative_stderr"].fillna(0)
     figure = Figure(figsize=(width, 0.35 * width + 1.6), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel="decode throughput (output tokens/s)", ylabel="mean generative accuracy (%)")
+    axes.set(xlabel="decode throughput (times the teacher's)", ylabel="mean generative accuracy (%)")
     axes.set_xlim(*roomy_limits(xs.min(), xs.max(), 0.3 * xs.max(), after=1.45 if width > 6 else 1.85))
     axes.set_ylim(*roomy_limits((ys - errors).min(), (ys + errors).max(), 6))
     low, high = axes.get_ylim()
     axes.set_yticks([t for t in MaxNLocator(6).tick_values(low, high) if max(low, 0) <= t <= min(high, 100)])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(7 if width > 6 else 4))
-    edge = known[known["frontier"]].sort_values("tokens_per_second")
-    stairs = list(zip(edge["tokens_per_second"], 100 * edge["generative"], strict=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7 if width > 6 else 4, steps=[1, 2, 2.5, 5, 10]))
+    edge = known[known["frontier"]].sort_values("ratio")
+    stairs = list(zip(edge["ratio"], 100 * edge["generative"], strict=True))
     stairs = [(axes.get_xlim()[0], stairs[0][1]), *stairs, (stairs[-1][0], axes.get_ylim()[0])]
     axes.step(*zip(*stairs, strict=True), where="pre", color=MUTED, lw=1.1, ls=(0, (4, 2)))
     labels = []

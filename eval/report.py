@@ -193,7 +193,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     tuning = partial(figures.loss, label="cross-entropy (nats a token)", models=names)
     fine_tuning = plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))
     return [
-        plot("pareto", figures.pareto, frame, has(frame, "tokens_per_second", "generative"), notes),
+        plot("pareto", figures.pareto, frame, has(frame, "ratio", "generative"), notes),
         *([plot("distance", distance.by_distance, distances, True, reach)] if len(distances) else []),
         plot("placement", figures.placement, placed, bool(placed)),
         *(importance_plot(stage) for stage in run.stages),
@@ -315,7 +315,7 @@ def _uneven(frame: pd.DataFrame) -> str:
         return ""
     return (
         f" The teacher's own speed differed between the runs ({speed(speeds.min())} to {speed(speeds.max())} "
-        "tokens/s), so compare by the ratios in the table."
+        "tokens/s); each ratio is to the teacher timed in the same run."
     )
 
 

@@ -202,7 +202,7 @@ values = st.one_of(st.none(), st.integers(0, 6))
 
 @given(st.lists(st.tuples(values, values), max_size=12))
 def test_frontier_is_what_nothing_dominates(points: list[tuple[int | None, int | None]]) -> None:
-    frame = pd.DataFrame(points, columns=["tokens_per_second", "generative"], dtype=float)
+    frame = pd.DataFrame(points, columns=["ratio", "generative"], dtype=float)
     known = [p for p in points if None not in p]
     for point, frontier in zip(points, on_frontier(frame), strict=True):
         beaten = any(q != point and all(b >= a for a, b in zip(point, q, strict=True)) for q in known if point in known)
@@ -585,10 +585,10 @@ def test_count(tokens: float, text: str) -> None:
 def test_labels_of_the_pareto_plot_stand_free(width: float, crowd: list[float]) -> None:
     speeds = [12_591, 13_159, 14_459, 16_652, 18_683, 21_120]
     rows = [
-        {"name": f"H1-{25 + i}/50", "generative": y, "tokens_per_second": x}
+        {"name": f"H1-{25 + i}/50", "generative": y, "ratio": x / 8123}
         for i, (x, y) in enumerate(zip(speeds, crowd, strict=True))
     ]
-    frame = pd.DataFrame([{"name": "teacher", "generative": 0.975, "tokens_per_second": 8123}, *rows])
+    frame = pd.DataFrame([{"name": "teacher", "generative": 0.975, "ratio": 1.0}, *rows])
     frame = frame.assign(generative_stderr=0.01, tokens=55.9e9)
     figure = figures.pareto(frame.assign(frontier=on_frontier(frame)), width)
     boxes = text_boxes(figure)
