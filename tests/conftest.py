@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill.config import MixerConfig
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
@@ -29,6 +29,20 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 4,
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.75,  # no power of two, so that a place that forgets it shows
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": False, "sliding_window": 16},
+}
+"""What the tiny model of each family has beside SHAPE."""
 MIXERS = ["mamba1", "attention", "attention", "mamba1"]
 
 
@@ -52,17 +66,30 @@ def llama(make_llama: Callable[..., Any]) -> Any:
     return make_llama()
 
 
-@pytest.fixture
-def mistral() -> Any:
-    """A tiny Mistral without a sliding window, embeddings not tied."""
-    keys = {**SHAPE, "tie_word_embeddings": False, "sliding_window": None}
-    return _random(lambda: MistralForCausalLM(MistralConfig(**keys)))
+def random_model(family: str, **keys: Any) -> Any:
+    """A random model of a family; also what starts at zero or one is away from there (biases, norms)."""
+
+    def make() -> Any:
+        config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES[family], **keys})
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or ("self_attn" in name and "norm" in name):
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        return model
+
+    return _random(make)
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """``make_model(family, **keys)``: ``random_model``."""
+    return random_model
+
+
+@pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> Any:
-    """Both families in turn."""
-    return request.getfixturevalue(request.param)
+    """A model of every family in turn."""
+    return random_model(request.param)
 
 
 @pytest.fixture
@@ -73,7 +100,7 @@ def hybrid(llama: Any) -> Any:
 
 @pytest.fixture
 def hybrid_family(family: Any) -> Any:
-    """H1-2/4 of both families in turn."""
+    """H1-2/4 of every family in turn."""
     return hybridize(family, MIXERS, MixerConfig(), seed=0)
 
 
