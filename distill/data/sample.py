@@ -141,7 +141,7 @@ def sample(
         eos_token_id=ends,
         pad_token_id=ends[0],
         use_cache=True,
-        suppress_tokens=beyond(tokenizer, model.config.vocab_size) or None,
+        suppress_tokens=beyond(tokenizer, model.config.get_text_config().vocab_size) or None,
         **(drawn if sampling.temperature else {"do_sample": False}),
     )
     own, model.generation_config = model.generation_config, config  # generate fills gaps from the model's own

@@ -25,7 +25,11 @@ STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 def obstacles(config: Any) -> list[str]:
     """Why no hybrid can be made of a model with this (transformers) config: its traits that surgery knows no way
     around; empty where there are none."""
+    if config.is_encoder_decoder:
+        return ["an encoder-decoder, whose attention also looks at an encoder"]
     text = config.get_text_config()
+    if text.is_heterogeneous:  # and most keys cannot be asked for
+        return ["blocks that differ from each other (per_layer_config)"]
     given = lambda *names: next((name for name in names if getattr(text, name, None)), None)  # noqa: E731
     layers = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None)
@@ -36,9 +40,7 @@ def obstacles(config: Any) -> list[str]:
         found.append("a pure state-space model, which has no attention to replace")
     elif layers & {"linear_attention", "hybrid", "hybrid_sliding", "conv"} and not is_hybrid(config):
         found.append("a hybrid already, some of whose blocks have no plain attention")
-    if config.is_encoder_decoder:
-        found.append("an encoder-decoder, whose attention also looks at an encoder")
-    elif config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
+    if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
         found.append("an encoder, whose attention looks both ways and which generates nothing")
     if given("kv_lora_rank"):
         found.append("multi-head latent attention (MLA), which has no key and value projections to start from")
@@ -50,9 +52,6 @@ def obstacles(config: Any) -> list[str]:
         found.append(f"logit softcapping ({cap}={getattr(text, cap)}), which the chunked loss does not apply")
     if getattr(config, "quantization_config", None):
         found.append("quantised weights (give the model as it was before)")
-    heads, kv_heads = (getattr(text, name, None) or 1 for name in ("num_attention_heads", "num_key_value_heads"))
-    if heads % kv_heads:
-        found.append(f"{heads} query heads, which {kv_heads} key-value heads do not divide")
     return found
 
 

@@ -161,8 +161,8 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("qwen2_vl", {}, ["a multimodal model"]),
     ("gpt2", {}, ["its blocks are not of a kind that is known here"]),
     ("phi3", {}, ["its blocks are not of a kind that is known here"]),
+    ("llama", {"per_layer_config": {1: {"num_key_value_heads": 8}}}, ["blocks that differ from each other"]),
     ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised weights"]),
-    ("llama", {"num_attention_heads": 4, "num_key_value_heads": 3}, ["4 query heads, which 3 key-value heads"]),
 ]
 
 

@@ -24,6 +24,7 @@ teacher: {folder}/teacher
 schedule: [1, 2]
 run_dir: {folder}/run
 threads: 1
+dtype: {dtype}
 data: {{source: {folder}/traces.jsonl, sequence_length: 128}}
 score:
   loo: {{questions: 4}}
@@ -45,7 +46,8 @@ TEACHERS: dict[str, tuple[str, str, torch.dtype, dict[str, Any]]] = {
     "granite": ("granite", "unigram", torch.float32, {"head_dim": None}),
     "smollm3": ("smollm3", "byte_level", torch.float32, {}),
 }
-"""Family, tokenizer, stored dtype and keys of its config: MQA, MHA and GQA, heads * head_dim beside the hidden size."""
+"""Family, tokenizer, stored dtype (bfloat16: computed in it, too) and keys of its config: MQA, MHA and GQA,
+heads * head_dim beside the hidden size."""
 
 
 @pytest.fixture(params=list(TEACHERS))
@@ -66,11 +68,14 @@ def run(
     chats = [{"messages": draw(name, rng, held_out=False).messages} for name in FAMILIES for _ in range(8)]
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     path = tmp_path / "tiny.yaml"
-    path.write_text(CONFIG.format(folder=tmp_path))
+    computed = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    path.write_text(CONFIG.format(folder=tmp_path, dtype=computed))
     return path
 
 
-def test_every_family_goes_through_the_whole_chain(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_goes_through_the_whole_chain(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(pipeline, "write_report", lambda run: run)  # the same whatever the teacher, and slow to draw
     folder = run.parent
     assert len(list((folder / "teacher").glob("*.safetensors"))) > 2, "the teacher is in shards"
@@ -96,4 +101,11 @@ def test_every_family_goes_through_the_whole_chain(run: Path, monkeypatch: pytes
     (kept,) = (block for block, mixer in enumerate(mixers) if mixer == "attention")
     with safe_open(first / "swap/checkpoint/model.safetensors", framework="pt") as swapped:
         name = f"model.layers.{kept}.self_attn.q_proj.weight"
-        assert torch.equal(swapped.get_tensor(name), teacher.get_parameter(name)), "whatever dtype it is stored in"
+        assert torch.equal(swapped.get_tensor(name).float(), teacher.get_parameter(name)), (
+            "whatever dtype it is stored in"
+        )
+    elsewhere = ["plan", str(run), f"run_dir={folder}/other", "plan.device_tflops=1"]
+    assert main([*elsewhere, f"start_from.H1-2={first}/train/checkpoint"]) == 0
+    capsys.readouterr()
+    assert main([*elsewhere, f"teacher={last}/train/checkpoint"]) == 2
+    assert "start_from.H1-h=FOLDER" in capsys.readouterr().err
