@@ -116,6 +116,8 @@ class MixerConfig:
     """``default`` (random) or ``identity`` (the gate starts at about 1)."""
     conv_init: str = "default"
     """``default`` (random) or ``identity`` (the convolution starts as a pass-through)."""
+    bc_norm: str = "auto"
+    """RMSNorm per head on B and C: ``auto`` (where the teacher has such norms on k and q), ``always`` or ``never``."""
 
 
 @dataclass
