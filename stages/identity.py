@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig
-from distill.data.traces import EMBEDDED
+from distill.config import DataConfig, Origin
+from distill.data.mixture import label
+from distill.data.sources import EMBEDDED, files, hub_revision, is_hub
 from distill.records import fingerprint
 from distill.teacher import resolve
 
@@ -40,13 +41,17 @@ def identity(name: str, config: Any) -> str:
 
 
 def data_identity(data: DataConfig) -> str | dict[str, str]:
-    """A fingerprint of the data file, or of each in the mixture; the embedded data follow from the seed."""
+    """A fingerprint of the data, or of each source in the mixture; the embedded data follow from the seed."""
     if data.mixture:
-        return {entry.source: source_identity(entry.source) for entry in data.mixture}
-    return source_identity(data.source)
+        return {label(entry): source_identity(entry) for entry in data.mixture}
+    return source_identity(data)
 
 
-def source_identity(source: str) -> str:
-    """A fingerprint of one source."""
-    path = Path(source).expanduser()
-    return content(path) if source != EMBEDDED and path.is_file() else source
+def source_identity(origin: Origin) -> str:
+    """A fingerprint of one source: the contents of its files and, in a folder, their names; on the hub, the commit."""
+    path = Path(origin.source).expanduser()
+    if origin.source != EMBEDDED and path.is_dir():
+        return fingerprint([[str(file.relative_to(path)), content(file)] for file in files(origin)])
+    if is_hub(origin.source):
+        return f"commit {hub_revision(origin)}"
+    return next((content(file) for file in files(origin)), origin.source)

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from distill.data.families import FAMILIES, is_held_out
-from distill.data.pack import IGNORE
+from distill.config import DataConfig, Origin
+from distill.data.families import FAMILIES
+from distill.data.families import is_held_out as is_held_out_question
+from distill.data.pack import IGNORE, Document
 from distill.data.tokenizer import build_tokenizer
-from distill.data.traces import SHARD, EmbeddedTraces, FileTraces, load_rows, read_documents
+from distill.data.traces import SHARD, EmbeddedTraces, FileTraces
+from distill.data.traces import load_rows as load_source
+from distill.data.traces import read_documents as read_source
 from distill.errors import UserError
 
 TOKENIZER = build_tokenizer()
@@ -24,6 +28,25 @@ Row = dict[str, torch.Tensor]
 
 def embedded(rows: int = 3 * SHARD, seed: int = 0, length: int = 64, **options: Any) -> EmbeddedTraces:
     return EmbeddedTraces(TOKENIZER, rows, length, options.pop("mix", MIX), seed, **options)
+
+
+def load_rows(
+    source: str | Path,
+    tokenizer: Any,
+    rows: int,
+    length: int,
+    mix: Any,
+    seed: int,
+    *,
+    held_out: bool = False,
+    **keys: Any,
+) -> Any:
+    data = DataConfig(source=str(source), sequence_length=length, mix=mix, **keys)
+    return load_source(data, data, tokenizer, rows, seed, held_out=held_out)
+
+
+def read_documents(path: Path, tokenizer: Any, mask: str) -> list[Document]:
+    return list(read_source(Origin(source=str(path)), tokenizer, mask))
 
 
 def equal(a: Row, b: Row) -> bool:
@@ -93,7 +116,7 @@ def test_held_out_rows_come_from_the_other_side() -> None:
         text = "".join(TOKENIZER.decode(rows[i]["input_ids"]) for i in range(20))
         prompts = re.findall(r"<\|user\|>(.*?)<\|assistant\|>", text)
         assert len(prompts) > 100
-        assert all(is_held_out(prompt) is side for prompt in prompts)
+        assert all(is_held_out_question(prompt) is side for prompt in prompts)
 
 
 def test_the_mix_is_kept() -> None:
@@ -169,9 +192,12 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     assert len(read_documents(write(tmp_path, {"text": "add"}), bare, "completion")) == 1
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "."])
+@pytest.mark.parametrize("name", ["none.jsonl", "no/ne"])
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"data\.source: no such file: .*give 'embedded' or a JSONL file"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.source: no such file: .*give 'embedded', a file .*, a folder of them, or a hub name",
+    ):
         load_rows(str(tmp_path / name), TOKENIZER, 4, 64, MIX, 0)
 
 
@@ -197,32 +223,33 @@ def prompts_of(rows: FileTraces) -> list[str]:
     return [n for i in range(len(rows)) for n in re.findall(r"add (\d{4})", TOKENIZER.decode(rows[i]["input_ids"]))]
 
 
-def test_a_file_is_split_by_its_order(tmp_path: Path) -> None:
+def test_a_file_is_split_by_what_is_asked(tmp_path: Path) -> None:
     path = numbered(tmp_path, 160)
     train, held = (load_rows(str(path), TOKENIZER, 1000, 20, MIX, 0, held_out=side) for side in (False, True))
     assert isinstance(train, FileTraces) and isinstance(held, FileTraces)
-    assert set(prompts_of(held)) == {f"{i:04d}" for i in range(150, 160)}
-    assert set(prompts_of(train)) == {f"{i:04d}" for i in range(150)}
+    assert set(prompts_of(held)) | set(prompts_of(train)) == {f"{i:04d}" for i in range(160)}
+    assert not set(prompts_of(held)) & set(prompts_of(train))
+    assert 3 <= len(set(prompts_of(held))) <= 20
 
 
 def test_a_short_file_is_repeated_and_a_long_one_cut(tmp_path: Path) -> None:
     path = numbered(tmp_path, 32)
-    rows = FileTraces(TOKENIZER, path, 100, 20, 0)
+    rows = load_rows(path, TOKENIZER, 100, 20, MIX, 0)
     assert len(rows) == 100
     distinct = len(rows.packed)
     assert equal(rows[3], rows[3 + distinct])
     assert not equal(rows[3], rows[4])
     assert len(list(rows)) == 100  # type: ignore[call-overload]
-    assert len(FileTraces(TOKENIZER, path, 5, 20, 0).packed) == 5
+    assert len(load_rows(path, TOKENIZER, 5, 20, MIX, 0).packed) == 5
 
 
 def test_a_file_is_shuffled_by_seed(tmp_path: Path) -> None:
     path = numbered(tmp_path, 64)
-    one, same, other = (prompts_of(FileTraces(TOKENIZER, path, 30, 20, seed)) for seed in (1, 1, 2))
+    one, same, other = (prompts_of(load_rows(path, TOKENIZER, 40, 20, MIX, seed)) for seed in (1, 1, 2))
     assert one == same
     assert one != other
     assert one != sorted(one)
-    assert sorted(one) == sorted(other)
+    assert set(one) == set(other)
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
