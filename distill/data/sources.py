@@ -32,7 +32,6 @@ SHARDS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 """Endings of the files that a folder is read for."""
 FORMS = f"'{EMBEDDED}', a file (JSONL, JSON, CSV, Parquet), a folder of them, or a hub name (owner/name)"
 SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -151,7 +150,7 @@ def _csv(path: Path) -> Iterator[Located]:
                     raise UserError(f"{where}: a row of {_cells(row)} cells under a header of {names}")
                 yield where, row
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+        raise UserError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from error
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -209,26 +208,26 @@ def _hub(origin: Origin, streaming: bool) -> Iterator[Any]:
 def hub_revision(origin: Origin) -> str:
     """The commit of a hub data set that ``revision`` (a branch, a tag, a commit, or empty) stands for now.
 
-    Raises UserError where the hub cannot be asked, and its cache does not know either.
+    Raises UserError where the hub cannot be asked, and its cache does not know either: at once, where ``load_dataset``
+    would try again for minutes.
     """
-    if COMMIT.fullmatch(origin.revision):
-        return origin.revision
     try:
-        sha = HfApi().dataset_info(origin.source, revision=origin.revision or None).sha
+        return str(HfApi().dataset_info(origin.source, revision=origin.revision or None).sha)
     except Exception as error:  # HTTP, proxy and offline errors share no base; the cache may still know
-        folder = Path(constants.HF_HUB_CACHE) / f"datasets--{origin.source.replace('/', '--')}" / "refs"
-        known = folder / (origin.revision or "main")
-        if not known.is_file():
-            raise _unreachable(origin, error) from error
-        sha = known.read_text(encoding="utf-8").strip()
-    return str(sha)
+        folder = Path(constants.HF_HUB_CACHE) / f"datasets--{origin.source.replace('/', '--')}"
+        known = folder / "refs" / (origin.revision or "main")
+        if known.is_file():
+            return known.read_text(encoding="utf-8").strip()
+        if origin.revision and (folder / "snapshots" / origin.revision).is_dir():
+            return origin.revision
+        raise _unreachable(origin, error) from error
 
 
 def _unreachable(origin: Origin, error: Exception) -> UserError:
     named = ", ".join(f"{k} '{v}'" for k, v in (("subset", origin.subset), ("split", origin.split)) if v)
     return UserError(
         f"the data set '{origin.source}' ({named}) cannot be had from the hub: {_line(error)}\n"
-        f"check its name and the network, or give what lies here: {FORMS}"
+        f"check its name and the network (HF_HUB_OFFLINE=1 takes what is in the cache), or give a file or folder"
     )
 
 
