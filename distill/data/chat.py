@@ -74,18 +74,17 @@ def _text(tokenizer: Any, example: Example) -> Rendered:
 def render(tokenizer: Any, example: Example, mask: str) -> Rendered:
     """A chat as text, by the template.
 
-    Reasoning in a field of its own is given to the template under every usual name. Where it does not render it, it
-    goes into the content, as ``<think>...</think>``.
+    Reasoning in a field of its own is given to the template under every usual name; for one that reads none of them
+    it goes into the content, as ``<think>...</think>``.
     """
     check_chat(example.messages)
     assert example.messages is not None
     if tokenizer.chat_template is None:
         raise UserError("the teacher's tokenizer has no chat template, which messages and the embedded traces need")
     chat = [_reasoned(message) for message in example.messages]
-    found = _rendered(tokenizer, chat, example.tools, mask)
-    if _lost(chat, found.text, mask) and any(_reasoning(message) for message in chat):
+    if any(_reasoning(message) for message in chat) and not _reads_reasoning(tokenizer):
         chat = [_inlined(message) for message in chat]
-        found = _rendered(tokenizer, chat, example.tools, mask)
+    found = _rendered(tokenizer, chat, example.tools, mask)
     if lost := _lost(chat, found.text, mask):
         raise UserError(
             f"the chat template does not render all that the assistant says: {lost[:60]!r} is lost; {INSTEAD}"
@@ -106,6 +105,15 @@ def _reasoned(message: Message) -> Message:
         "content": message.get("content") or "",
         **(dict.fromkeys(REASONING, reasoning) if reasoning else {}),
     }
+
+
+def _reads_reasoning(tokenizer: Any) -> bool:
+    """Whether the template renders the reasoning of a last turn that has it in a field of its own."""
+    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    try:
+        return "c0ffee" in _template(tokenizer, [asked, {**said, **dict.fromkeys(REASONING, "c0ffee")}], None)
+    except UserError:  # what it wants is unknown; nothing can be lost, as what is rendered is looked at in the end
+        return False
 
 
 def _inlined(message: Message) -> Message:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
-from distill.data.chat import Rendered, encode, tokenise
-from distill.data.pack import Document
+from distill.data.chat import Rendered, encode, encode_examples, tokenise
+from distill.data.examples import REASONING, Example
+from distill.data.pack import IGNORE, Document
 from distill.data.tokenizer import build_tokenizer
 from distill.errors import UserError
 
@@ -63,3 +68,174 @@ def test_a_token_that_spans_prompt_and_completion_is_not_made() -> None:
     assert document.ids == apart[0] + apart[1]
     assert document.completion == len(apart[0])
     assert tokenizer("from add 1", add_special_tokens=False)["input_ids"] != document.ids
+
+
+# What templates in the wild do, over the embedded tokenizer's characters.
+TURN = "{% if m['role'] == 'assistant' %}+{{ m['content'] }}<|end|>{% else %}-{{ m['content'] }}{% endif %}"
+LOOP = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}+{% endif %}"
+"""Neither tags nor reasoning."""
+READS = LOOP.replace("+{{ m['content'] }}", "+{% if m.NAME %}<think>{{ m.NAME }}</think>{% endif %}{{ m['content'] }}")
+"""Renders the reasoning that a field NAME holds."""
+TAGGED = LOOP.replace("+{{ m['content'] }}<|end|>", "+{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}")
+TRIMS = LOOP.replace("m['content'] }}<|end|>", "m['content'] | trim }}<|end|>")
+FORGETS = READS.replace("{% if m.NAME %}", "{% if m.NAME and loop.last %}").replace("NAME", "reasoning_content")
+"""Renders the reasoning of the last turn alone, as Qwen3 does."""
+DROPS = LOOP.replace("{{ m['content'] }}<|end|>", "{{ m['content'].split('</think>')[-1] }}<|end|>")
+"""Drops all reasoning in the content, as DeepSeek-R1 does."""
+TOOLS = "{% if tools %}{{ tools[0].name }}{% endif %}{% if messages[0].role == 'system' %}" + LOOP + "{% endif %}"
+
+
+def with_template(template: str) -> Any:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learned(tokenizer: Any, document: Document) -> list[str]:
+    """The parts that are learned, as text."""
+    assert all(label in (IGNORE, token) for token, label in zip(document.ids, document.labels, strict=True))
+    runs = groupby(zip(document.ids, document.labels, strict=True), lambda pair: pair[1] != IGNORE)
+    return [tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned]
+
+
+def turns(*said: str, **last: str) -> list[dict[str, Any]]:
+    """A chat of the user's and the assistant's turns; ``last`` are further fields of the last one."""
+    roles = ("user", "assistant")
+    chat: list[dict[str, Any]] = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+    chat[-1] |= last
+    return chat
+
+
+words = st.text("abc123 +", min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=4), st.sampled_from([LOOP, TAGGED, None]))
+def test_every_assistant_turn_and_nothing_else(pairs: list[tuple[str, str]], template: str | None) -> None:
+    """With tags or without; ``completion`` is the last of them, and ``all`` has the same tokens."""
+    tokenizer = with_template(template) if template else build_tokenizer()
+    chat = turns(*(text for pair in pairs for text in pair))
+    (document,) = encode(tokenizer, [chat], "assistant")
+    assert learned(tokenizer, document) == [f"{answer}<|end|>" for _, answer in pairs]
+    (last,) = encode(tokenizer, [chat], "completion")
+    assert learned(tokenizer, last) == [f"{pairs[-1][1]}<|end|>"]
+    (everything,) = encode(tokenizer, [chat], "all")
+    assert everything.labels == [IGNORE, *everything.ids[1:]]
+    assert document.ids == last.ids == everything.ids
+
+
+def test_tags_are_read_as_transformers_reads_them() -> None:
+    tokenizer = build_tokenizer()
+    chat = turns("add 1+1", "2", "sort 21", "<think>2 12</think>12")
+    (document,) = encode(tokenizer, [chat], "assistant")
+    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert rendered["input_ids"] == document.ids
+    assert rendered["assistant_masks"] == [int(label != IGNORE) for label in document.labels]
+
+
+@pytest.mark.parametrize("field", REASONING)
+@pytest.mark.parametrize("reads", [*REASONING, "content", "own"])
+def test_reasoning_is_never_lost(field: str, reads: str) -> None:
+    """Whatever its field is called, and whatever the template calls it, or if it knows none."""
+    tokenizer = build_tokenizer()
+    if reads != "own":
+        tokenizer.chat_template = LOOP if reads == "content" else READS.replace("NAME", reads)
+    chat = [*turns("sort 21", "12", **{field: "2 12"}), *turns("sort 1", "1")]
+    for one, mask in ((chat[:2], "completion"), (chat, "assistant"), (chat, "completion")):
+        (document,) = encode(tokenizer, [one], mask)
+        assert "<think>2 12</think>12<|end|>" in tokenizer.decode(document.ids)
+        if mask == "assistant" or len(one) == 2:
+            assert learned(tokenizer, document)[0] == "<think>2 12</think>12<|end|>"
+
+
+def test_a_template_that_forgets_earlier_reasoning() -> None:
+    """The last turn is right, as it is when the model answers; of every turn no mask would be."""
+    tokenizer = with_template(FORGETS)
+    chat = [*turns("sort 21", "12", reasoning="2 12"), *turns("sort 3", "3", reasoning="3")]
+    (document,) = encode(tokenizer, [chat])
+    assert tokenizer.decode(document.ids) == "-sort 21+12<|end|>-sort 3+<think>3</think>3<|end|>"
+    assert learned(tokenizer, document) == ["<think>3</think>3<|end|>"]
+    with pytest.raises(UserError, match="message 2 differently when others follow.*data.mask=completion"):
+        encode(tokenizer, [chat], "assistant")
+    tagged = FORGETS.replace("+{% if", "+{% generation %}{% if").replace("<|end|>", "<|end|>{% endgeneration %}")
+    with pytest.raises(UserError, match=r"'2 12' is lost.*data\.mask=completion"):
+        encode(with_template(tagged), [[*chat[:3], {"role": "assistant", "content": "3"}]], "assistant")
+
+
+def test_a_template_that_drops_reasoning_from_the_content_is_refused() -> None:
+    for chat in (turns("sort 21", "<think>2 12</think>12"), turns("sort 21", "12", thinking="2 12")):
+        with pytest.raises(UserError, match="does not render all that the assistant says.*prompt and completion"):
+            encode(with_template(DROPS), [chat])
+    (document,) = encode(with_template(DROPS), [turns("sort 21", "12")])
+    assert learned(build_tokenizer(), document) == ["12<|end|>"]
+
+
+def test_a_template_that_trims() -> None:
+    tokenizer = with_template(TRIMS)
+    (document,) = encode(tokenizer, [turns("a", " 1 ", "b", " 2 ")], "assistant")
+    assert learned(tokenizer, document) == ["1<|end|>", "2<|end|>"]
+
+
+def test_the_last_tags_serve_where_the_prompt_is_no_prefix() -> None:
+    tokenizer = with_template("{{ messages | length }}" + TAGGED)
+    (document,) = encode(tokenizer, [turns("a", "1", "b", "2")])
+    assert learned(tokenizer, document) == ["2<|end|>"]
+
+
+def test_tags_around_another_number_of_turns_are_refused() -> None:
+    tokenizer = with_template(TAGGED.replace("{% generation %}", "{% generation %}{% endgeneration %}{% generation %}"))
+    with pytest.raises(UserError, match="enclose 4 of 2 assistant turns"):
+        encode(tokenizer, [turns("a", "1", "b", "2")], "assistant")
+
+
+def test_tools_system_and_tool_turns_reach_the_template() -> None:
+    tokenizer = with_template(TOOLS)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    chat = [{"role": "system", "content": "s"}, *turns("a"), call, {"role": "tool", "content": "5"}, *turns("b", "2")]
+    (document,) = encode_examples(tokenizer, [Example(chat, [{"name": "calc"}])])
+    assert tokenizer.decode(document.ids) == "calc-s-a+<|end|>-5-b+2<|end|>"
+    assert learned(tokenizer, document) == ["2<|end|>"]
+
+
+def test_what_a_template_raises_names_the_row() -> None:
+    for template, reason in (("{{ raise_exception('no system') }}", "no system"), ("{{ messages + 1 }}", "")):
+        with pytest.raises(UserError, match=rf"t\.jsonl:4: the teacher's chat template refuses it: .*{reason}"):
+            encode_examples(with_template(template), [Example(turns("a", "1"), where="t.jsonl:4")])
+
+
+def test_an_assistant_that_speaks_first() -> None:
+    """Nothing stands before its turn: the tags say where it is, otherwise it is refused."""
+    chat = [{"role": "assistant", "content": "1"}]
+    (document,) = encode(with_template(TAGGED), [chat])
+    assert learned(build_tokenizer(), document) == ["1<|end|>"]
+    for mask in ("completion", "assistant"):
+        with pytest.raises(UserError, match="prompt as a prefix|has nothing before it"):
+            encode(with_template(LOOP), [chat], mask)
+
+
+def with_begin(token: str | None = "<|user|>") -> Any:
+    """The embedded tokenizer, with a post-processor that puts a token before every text."""
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = "<|user|>"
+    if token:
+        number = tokenizer.convert_tokens_to_ids(token)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{token} $A", None, [(token, number)])
+    return tokenizer
+
+
+def test_texts_begin_as_the_tokenizer_begins_them_and_never_twice() -> None:
+    rows = [Example(prompt="1", completion="2"), Example(completion="3"), Example(completion="<|user|>4<|end|>")]
+    for mask in ("completion", "assistant", "all"):
+        first, second, third = encode_examples(with_begin(), rows, mask)
+        texts = [build_tokenizer().decode(document.ids) for document in (first, second, third)]
+        assert texts == ["<|user|>12<|end|>", "<|user|>3<|end|>", "<|user|>4<|end|>"]
+        assert learned(build_tokenizer(), second) == ["3<|end|>"]
+        assert learned(build_tokenizer(), first) == ["12<|end|>" if mask == "all" else "2<|end|>"]
+    bare = encode_examples(with_begin(None), rows)
+    assert build_tokenizer().decode(bare[0].ids) == "12<|end|>"
+    (chat,) = encode(with_begin(), [turns("a", "1")])
+    assert build_tokenizer().decode(chat.ids) == "<|user|>a<|assistant|>1<|end|>", "a template writes its own"
+
+
+def test_a_bad_chat_names_its_row() -> None:
+    with pytest.raises(UserError, match=r"^t\.jsonl:9: a chat must end"):
+        encode_examples(build_tokenizer(), [Example([{"role": "user", "content": "a"}], where="t.jsonl:9")])
