@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.data.pack import IGNORE, OPEN_ROWS, Document, collate, pack
+from distill.data.pack import IGNORE, OPEN_ROWS, TOO_LONG, Counts, Document, collate, fit, pack
 
 PAD = 0
 
@@ -130,3 +130,61 @@ def test_collate() -> None:
     batch = collate(rows)
     assert {name: tuple(value.shape) for name, value in batch.items()} == dict.fromkeys(rows[0], (3, 4))
     assert batch["input_ids"][:, 0].tolist() == [1, 2, 3]
+
+
+@st.composite
+def long_corpora(draw: st.DrawFn) -> tuple[list[Document], int]:
+    """Documents of distinct tokens, some longer than a row, learned in any places."""
+    length = draw(st.integers(2, 12))
+    documents, first = [], 1
+    for size in draw(st.lists(st.integers(0, 40), max_size=30)):
+        ids = list(range(first, first + size))
+        documents.append(Document(ids, [token if draw(st.booleans()) else IGNORE for token in ids]))
+        first += size
+    return documents, length
+
+
+@given(long_corpora(), st.sampled_from(TOO_LONG))
+def test_what_is_too_long(corpus: tuple[list[Document], int], policy: str) -> None:
+    """``split``: the pieces concatenate to the document; ``cut``: its beginning; ``drop``: nothing; masks go along."""
+    documents, length = corpus
+    counts = Counts()
+    fitted = list(fit(documents, length, policy, counts))
+    assert all(len(piece.ids) <= length for piece in fitted)
+    kept = {
+        "split": documents,
+        "cut": [Document(d.ids[:length], d.labels[:length]) for d in documents],
+        "drop": [d for d in documents if len(d.ids) <= length],
+    }[policy]
+    for name in ("ids", "labels"):
+        assert [t for piece in fitted for t in getattr(piece, name)] == [t for d in kept for t in getattr(d, name)]
+    assert counts.read == len(documents)
+    assert counts.too_long == sum(len(d.ids) > length for d in documents)
+    assert counts.lost == sum(len(d.ids) for d in documents) - sum(len(d.ids) for d in kept)
+
+
+@given(long_corpora(), st.sampled_from(TOO_LONG))
+def test_every_target_is_counted_once(corpus: tuple[list[Document], int], policy: str) -> None:
+    """What the counts say is what the rows hold, and that is every piece: no token lost or made on the way."""
+    documents, length = corpus
+    counts = Counts()
+    rows = list(pack(documents, length, PAD, policy, counts))
+    pieces = list(fit(documents, length, policy, Counts()))
+    tokens = [token for row in rows for token in row["input_ids"].tolist() if token != PAD]
+    targets = [label for row in rows for label in row["labels"].tolist() if label != IGNORE]
+    assert sorted(tokens) == sorted(token for piece in pieces for token in piece.ids)
+    assert sorted(targets) == sorted(label for piece in pieces for label in piece.labels[1:] if label != IGNORE)
+    assert len(set(targets)) == len(targets)
+    assert (counts.rows, counts.documents) == (len(rows), len(pieces))
+    assert (counts.tokens, counts.targets) == (len(tokens), len(targets))
+    assert counts.padding == length * len(rows) - len(tokens)
+
+
+def test_counts_as_text() -> None:
+    counts = Counts()
+    list(pack([document([1] * 12, 4), document([2] * 3, 0)], 8, PAD, "split", counts))
+    assert counts.describe(8, "split") == (
+        "2 documents read, 1 longer than 8 split (0 tokens lost); 2 rows of 8 hold 3 documents, 15 tokens, "
+        "9 learned (60.0%), 6.2% padding"
+    )
+    assert "longer" not in Counts(read=2).describe(8, "drop")

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from distill.config import DataConfig, Origin
+from distill.data import traces
 from distill.data.families import FAMILIES
 from distill.data.families import is_held_out as is_held_out_question
-from distill.data.pack import IGNORE, Document
+from distill.data.pack import IGNORE, TOO_LONG, Document
 from distill.data.tokenizer import build_tokenizer
-from distill.data.traces import SHARD, EmbeddedTraces, FileTraces
+from distill.data.traces import SHARD, EmbeddedTraces, FileTraces, StreamedTraces, is_held_out, read_examples
 from distill.data.traces import load_rows as load_source
 from distill.data.traces import read_documents as read_source
 from distill.errors import UserError
@@ -266,3 +271,125 @@ def test_rows_end_where_they_should() -> None:
         rows[3]
     with pytest.raises(IndexError):
         rows[-1]
+
+
+def streamed(path: Path, rows: int = 60, seed: int = 0, **options: Any) -> StreamedTraces:
+    stream = load_rows(path, TOKENIZER, rows, 20, MIX, seed, streaming=True, **options)
+    assert isinstance(stream, StreamedTraces)
+    return stream
+
+
+@given(seed=st.integers(0, 5), held_out=st.booleans(), policy=st.sampled_from(TOO_LONG))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stream_has_the_rows_of_the_file_in_memory(tmp_path: Path, seed: int, held_out: bool, policy: str) -> None:
+    """With a buffer that holds all; rows come again when the file is through, in both."""
+    path = write(tmp_path, *[{"prompt": f"add {i}", "completion": "1" * (i % 31)} for i in range(90)])
+    both = [
+        load_rows(path, TOKENIZER, 150, 20, MIX, seed, held_out=held_out, too_long=policy, streaming=s) for s in (0, 1)
+    ]
+    assert all(equal(both[0][i], both[1][i]) for i in range(150))
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 1000])
+def test_any_row_of_a_stream_can_be_had_first(tmp_path: Path, buffer: int) -> None:
+    """What a resumed training asks for: row 0 (its length), then the row after its checkpoint, then those after."""
+    path = numbered(tmp_path, 120)
+    straight = [streamed(path, 150, 3, shuffle_buffer=buffer)[i] for i in range(3)]
+    whole = streamed(path, 150, 3, shuffle_buffer=buffer)
+    rows = [whole[i] for i in range(150)]
+    assert all(equal(a, b) for a, b in zip(straight, rows, strict=False))
+    for start in (1, 63, 64, 65, 101, 149):
+        resumed = streamed(path, 150, 3, shuffle_buffer=buffer)
+        assert equal(resumed[0], rows[0])
+        assert all(equal(resumed[i], rows[i]) for i in range(start, 150))
+    assert equal(whole[2], rows[2]), "going back reads again"
+
+
+def test_a_stream_is_shuffled_within_its_buffer(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 400)
+    one, same, other = (prompts_of(streamed(path, 100, seed, shuffle_buffer=20)) for seed in (1, 1, 2))
+    assert one == same != other
+    assert one != sorted(one)
+    assert all(abs(int(name) - place) < 200 for place, name in enumerate(one)), "no further than a few buffers"
+
+
+def test_a_stream_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded: the buffer, a batch to tokenise and the open rows, whatever the file's size."""
+    taken: list[int] = []
+
+    def endless(origin: Any, *, streaming: bool) -> Iterator[tuple[str, Any]]:
+        assert streaming
+        for number in count():
+            taken.append(number)
+            yield f"row {number}", {"prompt": f"add {number}", "completion": "1"}
+
+    monkeypatch.setattr(traces, "check_source", lambda *_: None)
+    monkeypatch.setattr(traces, "read", endless)
+    stream = streamed(Path("endless"), 10**9, shuffle_buffer=50)
+    assert len(taken) < 50 + 3 * 64 * 3 + 2 * traces.BATCH
+    before = len(taken)
+    stream[1000]
+    assert len(taken) - before < 3 * 1000
+    assert len(stream._near) <= SHARD
+    held = streamed(Path("endless"), 8, shuffle_buffer=5, held_out=True)
+    once = [held[i] for i in range(8)]
+    before = len(taken)
+    assert all(equal(held[i], once[i]) for _ in range(3) for i in range(8))
+    assert len(taken) == before, "held-out rows are kept"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_question_is_on_both_sides(tmp_path: Path, streaming: bool) -> None:
+    path = write(tmp_path, *[{"prompt": f"add {i % 100:04d}", "completion": str(i)} for i in range(400)])
+    train, held = (
+        set(prompts_of(load_rows(path, TOKENIZER, 400, 20, MIX, 0, streaming=streaming, held_out=side)))
+        for side in (False, True)
+    )
+    assert not train & held
+    assert len(train) + len(held) == 100 and 2 <= len(held) <= 16
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("too_long", "message"),
+    [
+        (
+            "drop",
+            r"all documents are longer than data\.sequence_length=16; .*\(it is drop\)",
+        ),
+        ("cut", r"no completion tokens within data\.sequence_length=16 \(data\.mask=completion\); 1?\d of"),
+    ],
+)
+def test_nothing_to_learn_ends_before_training(tmp_path: Path, streaming: bool, too_long: str, message: str) -> None:
+    path = write(tmp_path, *[{"prompt": f"{i:030d}", "completion": "2"} for i in range(20)])
+    with pytest.raises(UserError, match=message):
+        load_rows(path, TOKENIZER, 4, 16, MIX, 0, streaming=streaming, too_long=too_long)
+    rows = load_rows(path, TOKENIZER, 40, 16, MIX, 0, streaming=streaming, too_long="split")
+    assert any((rows[i]["labels"] != IGNORE).any() for i in range(40))
+
+
+def test_a_stream_too_small_to_hold_out_says_so(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 3)
+    assert not any(is_held_out(example) for example in read_examples(Origin(source=str(path))))
+    with pytest.raises(UserError, match=r"no held-out documents to stream: set data\.streaming=false"):
+        streamed(path, held_out=True)
+
+
+def test_a_malformed_row_deep_in_a_stream_is_named(tmp_path: Path) -> None:
+    path = numbered(tmp_path, 1000)
+    path.write_text(path.read_text() + "{torn\n")
+    stream = streamed(path, 1000, shuffle_buffer=10)
+    with pytest.raises(UserError, match=r"traces\.jsonl:1001: not JSON"):
+        stream[900]
+
+
+def test_counts_of_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, *[{"prompt": f"add {i:02d}", "completion": "1" * (i % 31)} for i in range(64)])
+    rows = load_rows(path, TOKENIZER, 10_000, 20, MIX, 0)
+    documents = read_documents(path, TOKENIZER, "completion")
+    assert rows.counts.read == rows.counts.documents < len(documents) == 64
+    assert 0 < rows.counts.lost < 13 * rows.counts.too_long
+    assert rows.counts.targets == sum(int((row["labels"] != IGNORE).sum()) for row in rows.packed)
+    few = embedded(rows=3)
+    assert few.counts.rows == SHARD
+    assert few.counts.targets == sum(int((row["labels"] != IGNORE).sum()) for row in embedded(rows=SHARD))  # type: ignore[attr-defined]
