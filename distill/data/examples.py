@@ -61,7 +61,7 @@ def parse_row(row: Any, columns: Mapping[str, str], where: str = "") -> Example:
         for held in (filled, row):  # a file of several forms has every column, empty where it does not apply
             form = next((names for names in FORMS if set(names) <= held.keys()), None)
             if form is not None:
-                return _example(form, held, where)
+                return _readable(_example(form, held, where))
         hint = nearest(str(next(iter(row))), ("messages", "text")) if len(row) == 1 else ""
         has = ", ".join(map(str, row)) or "nothing"
         more = "" if columns else "; data.columns maps other names"
@@ -107,6 +107,16 @@ def _example(form: tuple[str, ...], row: dict[str, Any], where: str) -> Example:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError("tools must be a list of JSON schemas")
     return Example(chat, tools or None, where=where)
+
+
+def _readable(example: Example) -> Example:
+    """The example; UserError where its text has no UTF-8 (JSON can hold halves of characters)."""
+    try:
+        parts = [example.messages, example.tools, example.prompt, example.completion]
+        json.dumps(parts, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"its text is no Unicode: {error.reason}") from error
+    return example
 
 
 def _turns(value: Any, role: str) -> list[Any]:

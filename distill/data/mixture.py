@@ -124,7 +124,8 @@ def survey(origin: Origin, data: DataConfig, load_tokenizer: Callable[[], Any] |
 
     Raises UserError for a malformed row, and where there is nothing to learn.
     """
-    first = list(islice(read_examples(origin, streaming=data.streaming), CHECKED))
+    limit = TOKENISED if data.streaming and is_hub(origin.source) else CHECKED  # what is streamed is not kept
+    first = list(islice(read_examples(origin, streaming=data.streaming), limit))
     if len(first) < 2:
         raise UserError(f"{origin.source}: at least 2 documents are needed (one is held out), found {len(first)}")
     found = Counts()
@@ -138,10 +139,10 @@ def survey(origin: Origin, data: DataConfig, load_tokenizer: Callable[[], Any] |
 
 
 def describe_survey(data: DataConfig, load_tokenizer: Callable[[], Any]) -> list[str]:
-    """What the first documents of each source that can be read here hold, as lines of text; nothing of the embedded."""
+    """What the first documents of each local source hold, as lines of text."""
     lines = []
     for origin in origins(data):
-        if files(origin) or is_hub(origin.source):
+        if files(origin):
             found = survey(origin, data, load_tokenizer)
             lines.append(f"{label(origin)}: first {found.describe(data.sequence_length, data.too_long)}")
     return lines

@@ -172,7 +172,9 @@ class StreamedTraces(Dataset[Row]):
             self.counts = counts = Counts()
             examples = read_examples(self.origin, streaming=True)
             mine = (example for example in examples if is_held_out(example) == self.held_out)
-            mixed = shuffle(mine, self.data.shuffle_buffer, self.seed)
+            # few are held out: a buffer as large would have to read far ahead to be filled
+            buffer = max(self.data.shuffle_buffer // (HELD_OUT_SHARE // 2 if self.held_out else 1), 1)
+            mixed = shuffle(mine, buffer, self.seed)
             yield from pack_examples(mixed, self.tokenizer, self.data, counts)
             if not counts.read:
                 side = "held-out " if self.held_out else ""

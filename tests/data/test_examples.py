@@ -69,6 +69,8 @@ def test_tools_pass_through(tools: Any) -> None:
         ({"conversations": [["human", "q"]]}, "mappings with from and value"),
         ({"conversations": "hello"}, "conversations must be a list"),
         ({"prompt": 5, "completion": "a"}, "prompt and completion must be text, or lists"),
+        ({"text": "a\ud800"}, "its text is no Unicode: surrogates not allowed"),
+        ({"messages": [{"role": "user", "content": "\udfff"}, CHAT[1]]}, "its text is no Unicode"),
         ({"question": "q", "answer": "a"}, r"has question, answer; data\.columns maps other names"),
     ],
 )
