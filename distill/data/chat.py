@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,9 @@ from distill.errors import UserError
 
 MASKS = ("completion", "assistant", "all")
 TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NOW = re.compile(r"strftime_now\((['\"])(.*?)\1\)")
+DAY = date(2025, 1, 1)
+"""Today, to templates that ask: rows must not depend on when they are made."""
 INSTEAD = "give the rendered text as prompt and completion"
 
 
@@ -137,16 +141,22 @@ def _template(tokenizer: Any, chat: Sequence[Message], tools: Any, **options: An
     """``apply_chat_template``; UserError where the template refuses the chat."""
     if not chat:
         return ""
+    template = _source(tokenizer, tools)
     try:
-        return tokenizer.apply_chat_template(list(chat), tools=tools, tokenize=False, **options)
+        return tokenizer.apply_chat_template(list(chat), tools=tools, chat_template=template, tokenize=False, **options)
     except Exception as error:  # a template is a program of its author's: it may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the teacher's chat template refuses it: {reason}") from error
 
 
+def _source(tokenizer: Any, tools: Any) -> str:
+    """The chat template's text, in which today is ``DAY``."""
+    return NOW.sub(lambda found: repr(DAY.strftime(found[2])), tokenizer.get_chat_template(tools=tools))
+
+
 def _rendered(tokenizer: Any, chat: list[Message], tools: Any, mask: str) -> Rendered:
     text = _template(tokenizer, chat, tools)
-    tagged = bool(TAGS.search(tokenizer.get_chat_template(tools=tools)))
+    tagged = bool(TAGS.search(_source(tokenizer, tools)))
     if mask == "assistant" and tagged:
         return Rendered(text, _tagged(tokenizer, chat, tools))
     if mask == "assistant":
@@ -164,7 +174,7 @@ def _tagged(tokenizer: Any, chat: list[Message], tools: Any) -> list[tuple[int, 
     _, (spans,) = render_jinja_template(
         conversations=[chat],
         tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
+        chat_template=_source(tokenizer, tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )

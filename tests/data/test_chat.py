@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from distill.data.chat import Rendered, encode, encode_examples, tokenise
+from distill.data.chat import Rendered, encode, encode_examples, render, tokenise
 from distill.data.examples import REASONING, Example
 from distill.data.pack import IGNORE, Document
 from distill.data.tokenizer import build_tokenizer
@@ -196,6 +200,17 @@ def test_tools_system_and_tool_turns_reach_the_template() -> None:
     assert learned(tokenizer, document) == ["2<|end|>"]
 
 
+def test_rows_do_not_depend_on_the_day() -> None:
+    """Templates that write today's date into the system prompt, as Llama 3.2 does, are given a fixed one."""
+    for call in ("strftime_now('%d/%m/%Y')", 'strftime_now("%d/%m/%Y")'):
+        tokenizer = with_template("{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + LOOP)
+        today = tokenizer.apply_chat_template(turns("a"), tokenize=False)
+        assert "01/01/2025" not in today and "/20" in today
+        for mask in ("completion", "assistant"):
+            rendered = render(tokenizer, Example(turns("a", "1")), mask)
+            assert rendered.text == "01/01/2025-a+1<|end|>"
+
+
 def test_what_a_template_raises_names_the_row() -> None:
     for template, reason in (("{{ raise_exception('no system') }}", "no system"), ("{{ messages + 1 }}", "")):
         with pytest.raises(UserError, match=rf"t\.jsonl:4: the teacher's chat template refuses it: .*{reason}"):
@@ -239,3 +254,45 @@ def test_texts_begin_as_the_tokenizer_begins_them_and_never_twice() -> None:
 def test_a_bad_chat_names_its_row() -> None:
     with pytest.raises(UserError, match=r"^t\.jsonl:9: a chat must end"):
         encode_examples(build_tokenizer(), [Example([{"role": "user", "content": "a"}], where="t.jsonl:9")])
+
+
+def real(name: str) -> Any:
+    """A tokenizer of bytes with the chat template of a model family, as TRL ships it."""
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "every"),
+    [
+        ("llama3", "<think>R2</think>A2<|eot_id|>", ["<think>R1</think>A1<|eot_id|>"]),
+        ("llama3_2", "<think>R2</think>A2<|eot_id|>", ["<think>R1</think>A1<|eot_id|>"]),
+        ("qwen2_5", "<think>R2</think>A2<|im_end|>\n", ["<think>R1</think>A1<|im_end|>\n"]),
+        ("qwen3", "<think>\nR2\n</think>\n\nA2<|im_end|>\n", None),
+        ("qwen3_training", "<think>\nR2\n</think>\n\nA2<|im_end|>\n", ["<think>\nR1\n</think>\n\nA1<|im_end|>\n"]),
+        ("phi3", "<think>R2</think>A2<|end|>\n</s>", None),
+    ],
+)
+def test_templates_of_model_families(name: str, last: str, every: list[str] | None) -> None:
+    """Right masks, or refused: Qwen3 forgets earlier reasoning, Phi-3 ends the chat in its own way."""
+    tokenizer = real(name)
+    chat = [*turns("Q1", "A1", reasoning="R1"), *turns("Q2", "A2", reasoning="R2")]
+    (document,) = encode(tokenizer, [chat])
+    assert learned(tokenizer, document) == [last]
+    if every is None:
+        with pytest.raises(UserError, match="message 2 differently when others follow"):
+            encode(tokenizer, [chat], "assistant")
+    else:
+        (document,) = encode(tokenizer, [chat], "assistant")
+        assert learned(tokenizer, document) == [*every, last]
+
+
+def test_a_template_that_answers_for_the_model_is_refused() -> None:
+    """DeepSeek-R1's begins every answer with an opening tag that it does not render in a chat."""
+    for chat in (turns("Q", "A"), turns("Q", "<think>R</think>A")):
+        with pytest.raises(UserError, match="does not render (a prompt as a prefix|all that the assistant says)"):
+            encode(real("deepseek_r1_distill"), [chat])
