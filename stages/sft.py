@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import TrainConfig
-from distill.data.mixture import check_data, counts, counts_record, describe_counts
+from distill.data.mixture import check_data, counts_record, describe_rows
 from distill.errors import UserError
 from distill.mixers import set_kernels
 from distill.placement import tuned_name
@@ -105,7 +105,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     tokens = sft.steps * sft.batch_size * config.data.sequence_length
     start = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     say(f"{name}: {sft.steps} steps, {tokens:,} tokens; held-out {LOSS} before {start:.4f}")
-    for line in describe_counts(data, counts(data, rows)):
+    for line in describe_rows(data, rows, tokenizer):
         say(f"data: {line}")
     log = folder / "log.jsonl"
     earlier, began = logged_minutes(log), time.monotonic()

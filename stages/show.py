@@ -11,7 +11,7 @@ import os
 import sys
 
 from distill.config import RunConfig, merge_config
-from distill.data.mixture import check_data, counts, describe, describe_counts, describe_survey, load_data
+from distill.data.mixture import check_data, describe, describe_rows, describe_survey, load_data
 from distill.data.show import COLOUR, PLAIN, show_row
 from distill.errors import UserError
 from distill.teacher import load_tokenizer
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         for line in show_row(rows[index], tokenizer, marks):
             say(line)
     say("")
-    for line in describe_survey(data, lambda: tokenizer) or describe_counts(data, counts(data, rows)):
+    for line in describe_survey(data, lambda: tokenizer) or describe_rows(data, rows, tokenizer):
         say(line)
     return 0
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.data.mixture import counts, counts_record, describe_counts
+from distill.data.mixture import counts_record, describe_rows
 from distill.mixers import set_kernels
 from distill.records import read_json, write_json
 from distill.schedule import Stage
@@ -80,7 +80,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         write_json(start_file, held_out_loss())
     start = read_json(start_file)
     say(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
-    for line in describe_counts(config.data, counts(config.data, rows)):
+    for line in describe_rows(config.data, rows, tokenizer):
         say(f"data: {line}")
     rewind(folder, stage.keep)
     earlier, began = logged_minutes(log), time.monotonic()

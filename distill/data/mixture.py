@@ -95,8 +95,11 @@ def counts_record(data: DataConfig, rows: Any) -> dict[str, dict[str, int]]:
     return {name: asdict(found) for name, found in counts(data, rows).items()}
 
 
-def describe_counts(data: DataConfig, found: dict[str, Counts]) -> list[str]:
-    """``counts`` as lines of text."""
+def describe_rows(data: DataConfig, rows: Any, tokenizer: Any) -> list[str]:
+    """What the rows that ``load_data`` gave hold, as lines of text; of a stream, what its first documents do."""
+    if data.streaming and (lines := describe_survey(data, lambda: tokenizer)):
+        return lines
+    found = counts(data, rows)
     return [f"{name}: {each.describe(data.sequence_length, data.too_long)}" for name, each in found.items()]
 
 

@@ -18,6 +18,7 @@ from distill.data.mixture import (
     counts,
     counts_record,
     describe,
+    describe_rows,
     describe_survey,
     draw_sources,
     load_data,
@@ -158,6 +159,14 @@ def test_each_source_has_its_own_columns_and_split(tmp_path: Path) -> None:
     assert {found.count(kind) > 10 for kind in "tc"} == {True}
     assert list(counts(config, rows)) == [folder, f"{folder} (test)", str(tmp_path / "other.csv")]
     assert [line.split(":")[0] for line in describe_survey(config, build_tokenizer)] == list(counts(config, rows))
+
+
+def test_a_stream_is_described_by_its_first_documents(data: DataConfig) -> None:
+    rows = load_data(data, TOKENIZER, 20, 0)
+    assert [line.split(":")[0] for line in describe_rows(data, rows, TOKENIZER)] == list(counts(data, rows))
+    data.streaming = True
+    lines = describe_rows(data, load_data(data, TOKENIZER, 20, 0), TOKENIZER)
+    assert len(lines) == 2 and all(": first 160 documents read; " in line for line in lines)
 
 
 def test_counts_are_kept_for_the_record(data: DataConfig) -> None:
