@@ -65,7 +65,7 @@ class EmbeddedTraces(Dataset[Row]):
     def counts(self) -> Counts:
         """What is in the first ``SHARD`` rows."""
         if not self._counts.rows:
-            self._generate(0)
+            self._shard = (0, self._generate(0))
         return self._counts
 
     def __len__(self) -> int:
@@ -82,15 +82,16 @@ class EmbeddedTraces(Dataset[Row]):
     def _generate(self, shard: int) -> list[Row]:
         rng = random.Random(f"{self.seed}/{shard}/{self.held_out}")
         counts = Counts()
-        packed = pack(self._documents(rng), self.length, pad_id(self.tokenizer), self.too_long, counts)
+        packed = pack(self._documents(rng, counts), self.length, pad_id(self.tokenizer), self.too_long, counts)
         rows = list(islice(packed, SHARD))
         if shard == 0:
             self._counts = counts
         return rows
 
-    def _documents(self, rng: random.Random) -> Any:
+    def _documents(self, rng: random.Random, counts: Counts) -> Any:
+        """Without end, unless all are dropped for being too long."""
         families, weights = list(self.mix), list(self.mix.values())
-        while True:
+        while self.too_long != "drop" or counts.too_long < max(counts.read, BATCH):
             names = rng.choices(families, weights, k=BATCH)
             examples = [draw(name, rng, held_out=self.held_out) for name in names]
             yield from encode(self.tokenizer, [example.messages for example in examples], self.mask)
@@ -272,10 +273,13 @@ def load_rows(
     """The dataset of one source, made into rows as ``data`` says; its ``counts`` say what it holds."""
     check_source(origin, data.mix)
     if origin.source == EMBEDDED:
-        return EmbeddedTraces(
+        traces = EmbeddedTraces(
             tokenizer, rows, data.sequence_length, data.mix, seed,
             mask=data.mask, too_long=data.too_long, held_out=held_out,
         )  # fmt: skip
+        if not traces.counts.targets:
+            raise nothing_to_learn(origin, data, traces.counts)
+        return traces
     kind = StreamedTraces if data.streaming else FileTraces
     return kind(tokenizer, origin, rows, data, seed, held_out=held_out)
 

@@ -368,6 +368,14 @@ def test_nothing_to_learn_ends_before_training(tmp_path: Path, streaming: bool, 
     assert any((rows[i]["labels"] != IGNORE).any() for i in range(40))
 
 
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_embedded_rows_too_short_for_anything_are_refused(too_long: str) -> None:
+    with pytest.raises(UserError, match=r"embedded: .*data\.sequence_length=4"):
+        load_rows("embedded", TOKENIZER, 4, 4, MIX, 0, too_long=too_long)
+    rows = load_rows("embedded", TOKENIZER, 4, 20, MIX, 0, too_long="drop")
+    assert 0 < rows.counts.too_long < rows.counts.read
+
+
 def test_a_stream_too_small_to_hold_out_says_so(tmp_path: Path) -> None:
     path = numbered(tmp_path, 3)
     assert not any(is_held_out(example) for example in read_examples(Origin(source=str(path))))
