@@ -14,16 +14,16 @@ from distill.records import fingerprint
 from distill.teacher import resolve
 
 
-def content(path: Path) -> str:
-    """A hash of a file: all of it, or for a large one 64 blocks of 1 MiB spread over it, and its size."""
+def content(path: Path, blocks: int = 64) -> str:
+    """A hash of a file: all of it, or for a large one ``blocks`` of 1 MiB spread over it, and its size."""
     size, block = path.stat().st_size, 1 << 20
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        if size <= 64 * block:
+        if size <= blocks * block:
             digest.update(file.read())
         else:
-            for part in range(64):
-                file.seek(part * (size - block) // 63)
+            for part in range(blocks):
+                file.seek(part * (size - block) // (blocks - 1))
                 digest.update(file.read(block))
     return digest.hexdigest()[:16]
 
@@ -51,7 +51,9 @@ def source_identity(origin: Origin) -> str:
     """A fingerprint of one source: the contents of its files and, in a folder, their names; on the hub, the commit."""
     path = Path(origin.source).expanduser()
     if origin.source != EMBEDDED and path.is_dir():
-        return fingerprint([[str(file.relative_to(path)), content(file)] for file in files(origin)])
+        found = files(origin)
+        blocks = max(256 // max(len(found), 1), 2)  # the begin and the end at least: where Parquet says what it holds
+        return fingerprint([[str(file.relative_to(path)), content(file, blocks)] for file in found])
     if is_hub(origin.source):
         return f"commit {hub_revision(origin)}"
     return next((content(file) for file in files(origin)), origin.source)

@@ -11,7 +11,7 @@ import pytest
 
 from distill.config import DataConfig, Origin, SourceConfig
 from stages import identity
-from stages.identity import data_identity, source_identity
+from stages.identity import content, data_identity, source_identity
 
 
 @pytest.fixture
@@ -42,6 +42,22 @@ def test_a_folder_is_its_files(folder: Path, tmp_path: Path) -> None:
     assert len({first, added, of(folder)}) == 3, "the order of the files decides the rows"
     (folder / "train-1.jsonl").write_text('{"text": "other"}')
     assert of(folder) not in (first, added)
+
+
+def test_a_large_file_is_read_in_blocks(tmp_path: Path) -> None:
+    """The begin, the end and the size count whatever the number of blocks; a small file counts as a whole."""
+    path = tmp_path / "large"
+    whole = bytearray(5 << 20)
+    path.write_bytes(whole)
+    first = content(path, 2)
+    for place, seen in ((0, True), (len(whole) - 1, True), (len(whole) // 2, False)):
+        whole[place] = 1
+        path.write_bytes(whole)
+        assert (content(path, 2) != first) is seen
+        assert content(path) != content(path, 2)
+        whole[place] = 0
+    path.write_bytes(whole + b"\0")
+    assert content(path, 2) != first
 
 
 def test_a_saved_data_set_is_its_files(tmp_path: Path) -> None:
