@@ -89,7 +89,7 @@ def render(tokenizer: Any, example: Example, mask: str) -> Rendered:
     if any(_reasoning(message) for message in chat) and not _reads_reasoning(tokenizer):
         chat = [_inlined(message) for message in chat]
     found = _rendered(tokenizer, chat, example.tools, mask)
-    if lost := _lost(chat, found.text, mask):
+    if lost := _lost(chat, found, mask):
         raise UserError(
             f"the chat template does not render all that the assistant says: {lost[:60]!r} is lost; {INSTEAD}"
             + (", or set data.mask=completion" if mask == "assistant" else "")
@@ -127,14 +127,23 @@ def _inlined(message: Message) -> Message:
     return {**rest, "content": f"<think>{reasoning}</think>{message['content']}"} if reasoning else rest
 
 
-def _lost(chat: Sequence[Message], text: str, mask: str) -> str:
-    """What the assistant says in a turn that is learned and the text does not hold, spaces aside, or ``""``."""
+def _lost(chat: Sequence[Message], found: Rendered, mask: str) -> str:
+    """What the assistant says in a turn that is learned and the text does not hold, spaces aside, or ``""``.
+
+    Reasoning must stand in what is learned of its turn; of a content, a template may open the ``<think>`` before that.
+    """
     turns = [message for message in chat if message["role"] == "assistant"]
-    squashed = "".join(text.split())
-    said = [
-        part for turn in (turns if mask == "assistant" else turns[-1:]) for part in (_reasoning(turn), turn["content"])
-    ]
-    return next((part for part in said if "".join(part.split()) not in squashed), "")
+    whole = _squash(found.text)
+    for turn, (start, end) in zip(turns if mask == "assistant" else turns[-1:], found.learned, strict=True):
+        if _squash(_reasoning(turn)) not in _squash(found.text[start:end]):
+            return _reasoning(turn)
+        if _squash(turn["content"]) not in whole:
+            return str(turn["content"])
+    return ""
+
+
+def _squash(text: str) -> str:
+    return "".join(text.split())
 
 
 def _template(tokenizer: Any, chat: Sequence[Message], tools: Any, **options: Any) -> str:

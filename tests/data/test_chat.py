@@ -165,6 +165,14 @@ def test_a_template_that_forgets_earlier_reasoning() -> None:
         encode(with_template(tagged), [[*chat[:3], {"role": "assistant", "content": "3"}]], "assistant")
 
 
+def test_reasoning_that_stands_elsewhere_is_lost_all_the_same() -> None:
+    """What an earlier turn thought is also what the user said, so that the text as a whole has it."""
+    tagged = FORGETS.replace("+{% if", "+{% generation %}{% if").replace("<|end|>", "<|end|>{% endgeneration %}")
+    chat = [*turns("sort 3", "3", reasoning="sort"), *turns("sort 1", "1", reasoning="1")]
+    with pytest.raises(UserError, match="'sort' is lost"):
+        encode(with_template(tagged), [chat], "assistant")
+
+
 def test_a_template_that_drops_reasoning_from_the_content_is_refused() -> None:
     for chat in (turns("sort 21", "<think>2 12</think>12"), turns("sort 21", "12", thinking="2 12")):
         with pytest.raises(UserError, match="does not render all that the assistant says.*prompt and completion"):
