@@ -6,6 +6,7 @@ run, ``PretrainConfig`` the training of a teacher from nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -18,24 +19,42 @@ from yaml import YAMLError, safe_load
 from distill.errors import UserError, nearest
 
 
+@dataclass(kw_only=True)
+class Origin:
+    """Where documents come from."""
+
+    source: str = MISSING
+    """``embedded``; a file (JSONL, JSON, CSV, Parquet; gzipped JSONL); a folder of such files, or one that
+    ``datasets`` saved; or a hub name, ``owner/name``."""
+    split: str = "train"
+    """Which part of a hub data set, of a saved one, or of a folder whose file names say it."""
+    subset: str = ""
+    """Configuration of a hub data set that has several."""
+    revision: str = ""
+    """Branch, tag or commit of a hub data set (empty: its main branch)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What ours are called there, where they have other names: ``{prompt: question, completion: solution}``. Ours are
+    messages, conversations, tools, prompt, completion, text."""
+
+
 @dataclass
-class SourceConfig:
+class SourceConfig(Origin):
     """One source of a mixture."""
 
     source: str = MISSING
-    """``embedded``, or the path of a JSONL file."""
+    """As in ``Origin``."""
     weight: float = 1.0
     """Its share of the rows, which all have as many tokens, relative to the other weights."""
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Origin):
     """What is trained on."""
 
     source: str = "embedded"
-    """``embedded``, or the path of a JSONL file with messages, prompt/completion or text."""
+    """As in ``Origin``: rows with messages (or conversations), prompt and completion, or text."""
     mixture: list[SourceConfig] = field(default_factory=list)
-    """Several sources by weight, in place of ``source``."""
+    """Several sources by weight, in place of ``source``; each has its own split, subset, revision and columns."""
     sequence_length: int = 256
     """Tokens a packed row, T."""
     mix: dict[str, float] = field(
@@ -43,7 +62,17 @@ class DataConfig:
     )
     """Weight of each embedded family."""
     mask: str = "completion"
-    """``completion`` (the reasoning trace) or ``all``: which tokens are targets."""
+    """Which tokens are targets: ``completion`` (the last assistant turn: reasoning and answer), ``assistant`` (every
+    assistant turn) or ``all``."""
+    too_long: str = "cut"
+    """A document longer than a row: ``cut`` (its beginning is kept, every token has its right context), ``split`` (its
+    pieces become documents, the later ones without what came before) or ``drop``. All are counted."""
+    streaming: bool = False
+    """Read, tokenise and pack as the training goes, in bounded memory; a resumed training reads again up to its place.
+    Otherwise the documents are held in memory."""
+    shuffle_buffer: int = 10_000
+    """Documents among which a streamed source is shuffled; with at least as many as there are, the rows are those
+    without streaming."""
 
 
 @dataclass
@@ -81,11 +110,11 @@ class TrainConfig:
 
 
 @dataclass
-class SftConfig:
+class SftConfig(Origin):
     """Fine-tuning of a distilled stage on traces, and its merge with that stage (the paper's H1-30-SFT)."""
 
     source: str = ""
-    """Traces, as in ``data.source`` (empty: the run's own)."""
+    """Traces, as in ``data.source``, with split, subset, revision and columns of their own (empty: the run's data)."""
     steps: int = 100
     """Optimizer steps; what is not set here (weight decay, clipping, ...) is as in ``train``."""
     batch_size: int = 8
@@ -285,6 +314,7 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
             raise UserError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
         named.append((f"'{text}'", text.split("=")[0], layer))
     for where, key, layer in named:
+        layer = _fill_list(merged, layer, key)
         _check_keys(kind, layer, where)
         try:
             for path in _mappings(kind, layer):
@@ -305,6 +335,28 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, kind)
     return config
+
+
+def _fill_list(merged: Any, layer: Any, key: str) -> Any:
+    """The layer of ``data.mixture.0.weight=2``, which changes one item of a list, with that list as a whole in it."""
+    parts = re.match(r"([\w.]*?)\.(\d+)(\.|$)", key)
+    items = OmegaConf.select(merged, parts[1]) if parts else None
+    if parts is None or not OmegaConf.is_list(items):
+        return layer
+    number, found = int(parts[2]), OmegaConf.to_container(items)
+    assert isinstance(found, list)
+    if number >= len(found):
+        raise UserError(f"'{key}': {parts[1]} has {len(found)} items, the first is number 0; give all of it to add one")
+    parent: Any = layer
+    *path, last = parts[1].split(".")
+    for name in path:
+        parent = parent[name]
+    (new,) = parent[last].values()
+    if isinstance(new, dict) and not isinstance(found[number], dict):
+        return layer
+    found[number] = {**found[number], **new} if isinstance(new, dict) else new
+    parent[last] = found
+    return layer
 
 
 def split_colons(value: Any) -> Any:

@@ -42,8 +42,12 @@ the config can be set after it as key=value. 'distill VERB --help' explains a ve
 def traces_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``distill traces``."""
     add = parser.add_argument
-    add("--teacher", required=True, help="embedded, a model folder, or a hub name")
-    add("--prompts", required=True, metavar="DATA", help="embedded, or a JSONL file with prompt or messages")
+    add("--teacher", help="embedded, a model folder, or a hub name")
+    add("--prompts", metavar="DATA", help="embedded, or a JSONL file with prompt or messages")
+    add("--show", type=int, metavar="N", help="sample nothing: print N packed rows of a CONFIG's data, or of DATA")
+    add("target", nargs="?", metavar="CONFIG|RUN", help="whose data --show prints")
+    add("overrides", nargs="*", metavar="key=value", help="config values for --show")
+    parser.set_defaults(refuse=parser.error)
     add("--output", default="traces.jsonl", metavar="FILE", help="what to write (default: %(default)s)")
     add("--samples", type=int, default=1, metavar="N", help="completions a prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, metavar="TAU", help="0: greedy (default: %(default)s)")
@@ -114,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb. Exit code 0, or 2 with one message for a user's mistake."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if any(args.verb in OPTIONS or "=" not in text or text.startswith("-") for text in rest):
+    if any(not hasattr(args, "overrides") or "=" not in text or text.startswith("-") for text in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest  # key=value may stand after an option, too

@@ -19,6 +19,7 @@ from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, dependents, forget, write_text
 from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
+from distill.teacher import load_tokenizer
 from eval.accuracy import task_manager
 from stages.context import Context
 from stages.identity import data_identity, identity
@@ -65,7 +66,7 @@ def open_run(
     first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
     hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
     if write:
-        check_data(config.data)
+        check_data(config.data, lambda: load_tokenizer(config.teacher))
         task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)

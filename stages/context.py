@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig, RunConfig
+from distill.config import DataConfig, Origin, RunConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError
 from distill.placement import ATTENTION, tuned_name
@@ -61,8 +61,8 @@ class Context:
     @property
     def sft_source(self) -> DataConfig:
         """What a fine-tuning is trained on: ``sft.source``, or the run's own data."""
-        source = self.config.sft.source
-        return dataclasses.replace(self.config.data, source=source, mixture=[]) if source else self.config.data
+        own = {field.name: getattr(self.config.sft, field.name) for field in dataclasses.fields(Origin)}
+        return dataclasses.replace(self.config.data, mixture=[], **own) if own["source"] else self.config.data
 
     def rows(
         self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False, data: DataConfig | None = None
@@ -86,7 +86,10 @@ class Context:
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
             train.pop(key)
-        data.pop("source" if config.data.mixture else "mixture")  # the one that is not used
+        for unused in dataclasses.fields(Origin) if config.data.mixture else ():
+            data.pop(unused.name)
+        if not config.data.mixture:
+            data.pop("mixture")
         data["content"] = self.data
         measure = asdict(config.measure)
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
@@ -116,9 +119,10 @@ class Context:
         """The steps that fine-tune a stage's distilled model, merge it and measure it."""
         config, sft = self.config, self.config.sft
         base = {"seed": config.seed, "dtype": config.dtype}
+        origin = [field.name for field in dataclasses.fields(Origin)]  # it is part of the data
         keys = ("weight_decay", "beta2", "max_grad_norm", "eval_rows", "gradient_checkpointing")
         train = {key: getattr(config.train, key) for key in keys}
-        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", "source")}
+        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", *origin)}
         data = {**asdict(self.sft_source), "content": self.sft_data}
         inputs = {
             "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},

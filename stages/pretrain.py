@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises UserError where the data cannot be had, or the folder holds a model of another recipe.
     """
-    check_data(config.data)
+    check_data(config.data, build_tokenizer)
     output = Path(config.output)
     settle_recipe(config, output)
     if (output / "model.safetensors").is_file():

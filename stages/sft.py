@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import TrainConfig
-from distill.data.traces import check_source
+from distill.data.mixture import check_data, counts_record, describe_rows
 from distill.errors import UserError
 from distill.mixers import set_kernels
 from distill.placement import tuned_name
@@ -40,7 +40,7 @@ LOSS = "cross_entropy"
 def main(args: argparse.Namespace) -> int:
     def planned(context: Context) -> list[Step]:
         if context.config.sft.source:
-            check_source(context.config.sft.source, context.config.data.mix, "sft.source")
+            check_data(context.sft_source, lambda: load_tokenizer(context.config.teacher), "sft.source")
         return context.sft_steps(pick(context, args.stage))
 
     context = open_run(args.target, args.overrides, force=args.force, also=planned)
@@ -99,11 +99,14 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     tokenizer = load_tokenizer(config.teacher)
     model = load_model(str(context.checkpoint(stage)))
     set_kernels(model, config.kernels)
-    rows = context.rows(tokenizer, sft.steps * sft.batch_size, seed, data=context.sft_source)
+    data = context.sft_source
+    rows = context.rows(tokenizer, sft.steps * sft.batch_size, seed, data=data)
     heldout = held_out(context, tokenizer)
     tokens = sft.steps * sft.batch_size * config.data.sequence_length
     start = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     say(f"{name}: {sft.steps} steps, {tokens:,} tokens; held-out {LOSS} before {start:.4f}")
+    for line in describe_rows(data, rows, tokenizer):
+        say(f"data: {line}")
     log = folder / "log.jsonl"
     earlier, began = logged_minutes(log), time.monotonic()
     fine_tune(
@@ -124,7 +127,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     losses = {"eval_loss_start": start, "eval_loss_end": end}
     spent = {"steps": sft.steps, "tokens": tokens, "minutes": round(minutes, 3)}
-    write_json(folder / "train.json", {**spent, "loss": LOSS, **losses})
+    write_json(folder / "train.json", {**spent, "loss": LOSS, **losses, "data": counts_record(data, rows)})
     say(f"{name}: held-out {LOSS} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
 
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from distill.config import RunConfig, load_config
-from distill.data.mixture import check_weights
+from distill.data.mixture import check_options
 from distill.errors import UserError, choose, nearest
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
@@ -58,8 +58,7 @@ def check(config: RunConfig) -> None:
     choose("mixer.name", config.mixer.name, mixers())
     choose("mixer.init", config.mixer.init, initialisations())
     choose("train.loss", config.train.loss, LOSSES)
-    choose("data.mask", config.data.mask, ("completion", "all"))
-    check_weights(config.data.mixture)
+    check_options(config.data)
     for name in (config.score.first, config.score.later):
         choose("score", name, scores())
     choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)

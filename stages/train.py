@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.data.mixture import counts_record, describe_rows
 from distill.mixers import set_kernels
 from distill.records import read_json, write_json
 from distill.schedule import Stage
@@ -79,6 +80,8 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         write_json(start_file, held_out_loss())
     start = read_json(start_file)
     say(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
+    for line in describe_rows(config.data, rows, tokenizer):
+        say(f"data: {line}")
     rewind(folder, stage.keep)
     earlier, began = logged_minutes(log), time.monotonic()
     arguments = training_arguments(options, stage.steps, folder / "checkpoints", seed, config.dtype)
@@ -112,6 +115,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
             "loss": options.loss,
             "eval_loss_start": start,
             "eval_loss_end": end,
+            "data": counts_record(config.data, rows),
         },
     )
     say(f"{stage.name}: held-out {options.loss} {start:.4f} -> {end:.4f} in {minutes:.1f} min")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from distill.data.boundary import beyond, continuation
-from distill.data.pack import Document, encode, encode_texts
+from distill.data.chat import Rendered, encode, tokenise
+from distill.data.pack import Document
 from distill.data.sample import Sampling, sample
 
 KINDS = ("byte_level", "metaspace", "prepend", "unigram")
@@ -18,7 +19,8 @@ MakeTokenizer = Callable[[str], Any]
 
 
 def tokenised(tokenizer: Any, prompt: str, completion: str) -> Document:
-    (document,) = encode_texts(tokenizer, [prompt], [prompt + completion], "completion")
+    end = len(prompt + completion)
+    (document,) = tokenise(tokenizer, [Rendered(prompt + completion, [(len(prompt), end)])], "completion")
     return document
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.cli import OPTIONS, VERBS, main
+from stages.cli import VERBS, main
 
 RUN = ["run", "demo", "run_dir={tmp}/run"]
 MISTAKES = [
@@ -53,9 +53,9 @@ MISTAKES = [
     ([*RUN, "data.mixture=[{source:embedded,weight:-1}]"], "data.mixture[0].weight=-1.0 must be at least 0"),
     ([*RUN, "data.mixture=[{source:embedded,wieght:1}]"], "did you mean 'weight'"),
     ([*RUN, "data.mixture=[{weight:1}]"], "data.mixture[0].source is missing"),
-    ([*RUN, "data.mixture=[embedded]"], "expected {source, weight}"),
+    ([*RUN, "data.mixture=[embedded]"], "expected {source, split, subset, revision, columns, weight}"),
     ([*RUN, "data.mix.adds=1"], "did you mean 'add'"),
-    ([*RUN, "data.mask=prompt"], "allowed: all, completion"),
+    ([*RUN, "data.mask=prompt"], "allowed: all, assistant, completion"),
     ([*RUN, "measure.generative=[embedded_genertive]"], "did you mean 'embedded_generative'"),
     ([*RUN, "measure.throughput.batches=[0]"], "must be above 0"),
     ([*RUN, "teacher={tmp}/nowhere"], "no model"),
@@ -99,7 +99,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
     assert ("CHECKPOINT" if verb == "merge" else "CONFIG") in text
-    assert ("key=value" in text) != (verb in OPTIONS)
+    assert ("key=value" in text) != (verb == "merge")
 
 
 def test_unknown_verb_and_missing_target() -> None:

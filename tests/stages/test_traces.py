@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import stages.traces
+from distill.config import Origin
 from distill.data.sample import Completion
 from distill.data.tokenizer import build_tokenizer
 from distill.data.traces import read_documents
@@ -56,7 +57,7 @@ def test_rows_record_and_filters(folder: Path, capsys: pytest.CaptureFixture[str
         {"role": "assistant", "content": "<think>3 13 123</think>123"},
     ]
     tokenizer = build_tokenizer()
-    documents = read_documents(folder / "t.jsonl", tokenizer, "completion")
+    documents = read_documents(Origin(source=str(folder / "t.jsonl")), tokenizer, "completion")
     assert [len(d.ids) - d.completion - 1 for d in documents] == [row["tokens"] for row in made]
 
     record = json.loads((folder / "t.record.json").read_text())
