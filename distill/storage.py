@@ -128,13 +128,13 @@ def no_room(error: BaseException | None) -> tuple[str, Path | None] | None:
     """What ran out where ``error`` comes of a full disk, and the file if it is known; None for any other error.
 
     An OSError has a number; safetensors gives it in its text; torch.save gives none, but its writer fails (in
-    ``inline_container``) for no other reason than that a write came up short.
+    ``inline_container``, or as it closes the stream) for no other reason than that a write came up short.
     """
     while error is not None:
         number = getattr(error, "errno", None)
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             number = int(found[1])
-        elif isinstance(error, RuntimeError) and "inline_container" in str(error):
+        elif isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
             number = errno.ENOSPC
         if number in NO_ROOM:
             name = getattr(error, "filename2", None) or getattr(error, "filename", None)
