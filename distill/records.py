@@ -184,7 +184,8 @@ class Step:
 
     def forget(self) -> None:
         """Remove what the step wrote, so that it is done again."""
-        (self.folder / "step.json").unlink(missing_ok=True)  # first: what is half removed is not done
+        for mark in (self.folder / "step.json", self.partial / "step.json", self.partial / "inputs.json"):
+            mark.unlink(missing_ok=True)  # first: what is half removed is neither done nor gone on from
         for folder in (self.folder, self.partial):
             if folder.exists():
                 shutil.rmtree(folder)

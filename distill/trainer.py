@@ -26,7 +26,7 @@ from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
 from distill.losses import distillation_loss
 from distill.records import write_text
-from distill.storage import new_folder
+from distill.storage import new_folder, sync
 from distill.teacher import Teacher
 
 NO_DECAY = re.compile(r"A_log|\.D$|dt_bias|bias|norm|embed_tokens|lm_head")
@@ -71,6 +71,8 @@ class ProgressCallback(TrainerCallback):
         }
         if self.log is not None:
             append_line(self.log, event)
+            if control.should_save:  # the log up to a checkpoint is to outlive what the checkpoint outlives
+                sync(self.log)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.1e} {speed:,.0f} tok/s")
@@ -162,7 +164,7 @@ class LanguageTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self.building = None
-            (partial / "training_args.bin").unlink()  # a pickle that nothing reads
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
             seal(partial)
         prune(folder, step, self.args.save_total_limit or 2)
 

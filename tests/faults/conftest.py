@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
@@ -146,6 +147,7 @@ def watch(lab: Lab, process: subprocess.Popen[bytes], run: Path) -> Iterator[flo
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The laboratory, its reference run done."""
     lab = Lab(tmp_path_factory.mktemp("faults"))
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,

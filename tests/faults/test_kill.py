@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from distill.storage import checksums
+
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("FAULTS_KILLS", "60"))
 SEED = os.environ.get("FAULTS_SEED", "0")
@@ -125,6 +127,16 @@ class Chain:
             self.hits.append("between steps")
 
 
+def hashing_speed(folder: Path) -> float:
+    """GB/s of ``checksums`` over four files of 256 MB that the system still holds in memory."""
+    folder.mkdir()
+    for number in range(4):
+        (folder / str(number)).write_bytes(bytes([number]) * 256_000_000)
+    began = time.monotonic()
+    checksums(folder)
+    return 1.024 / (time.monotonic() - began)
+
+
 def test_killed_anywhere(lab: Any) -> None:
     per_chain = [len(PLAN)] * (KILLS // len(PLAN)) + ([KILLS % len(PLAN)] if KILLS % len(PLAN) else [])
     chains = [Chain(lab, number, kills) for number, kills in enumerate(per_chain)]
@@ -137,7 +149,8 @@ def test_killed_anywhere(lab: Any) -> None:
     for where, count in hits.most_common():
         print(f"{where:18s}{count:5d}")
     print(f"{len(chains)} run folders, {(time.monotonic() - began) / 60:.1f} min, seed {SEED}")
-    print(f"a checkpoint takes {1000 * lab.seconds['checkpoint']:.0f} ms to write")
+    print(f"a checkpoint of the small run takes {1000 * lab.seconds['checkpoint']:.0f} ms to write")
+    print(f"checksums: {hashing_speed(lab.folder / 'hashed'):.2f} GB/s on {os.cpu_count()} cores")
     lab.tally.update(killed=killed, survived=survived)
     assert [problem for chain in chains for problem in chain.problems] == []
     if len(PLAN) <= KILLS:
