@@ -160,7 +160,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         usage = shutil.disk_usage(place)
         free, total = usage.free / 2**20, usage.total / 2**20
         raise DiskFull(
-            f"cannot write to {place}: {reason} ({free:,.1f} of {total:,.1f} MiB were free)\n"
+            f"cannot write to {place}: {reason} ({free:,.1f} of {total:,.1f} MiB free: too little for it)\n"
             "what was finished stands, and what was half written is removed; make room there, or move the folder to "
             "a larger disk: the same command continues"
         ) from error

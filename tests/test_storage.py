@@ -118,7 +118,7 @@ def test_every_writer_without_room_is_one_message(tmp_path: Path, short_files: N
     with pytest.raises(DiskFull) as caught, new_folder(tmp_path / "new") as partial:
         WRITERS[writer](partial / "file")
     message = str(caught.value)
-    assert f"cannot write to {tmp_path}" in message and "MiB were free" in message and message.count("\n") == 1
+    assert f"cannot write to {tmp_path}" in message and "MiB free: too little" in message and message.count("\n") == 1
     assert list(tmp_path.iterdir()) == [], "what was half written is removed"
 
 

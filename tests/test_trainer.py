@@ -265,7 +265,7 @@ def test_a_checkpoint_without_room_leaves_the_earlier_ones(
             super()._save_checkpoint(*args, **kwargs)
 
     try:
-        with pytest.raises(DiskFull, match="cannot write to .*MiB were free"):
+        with pytest.raises(DiskFull, match="cannot write to .*MiB free: too little"):
             train(llama, traces(32), tmp_path / "out", trainer=Starved, log=tmp_path / "log.jsonl", **OPTIONS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -6,6 +6,7 @@ Needs ``mount`` in a namespace of its own (as root, or in a user namespace): a m
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ set -u
 mount -t tmpfs -o size=1m tmpfs "$1"
 for size in $2; do
     mount -o "remount,size=$size" "$1"
-    echo "== $size"
+    echo "@@ $size"
     "$3" -m stages.cli run "$4" "run_dir=$1/run"; echo "code $?"
     find "$1/run" -type d -name partial
     "$3" - "$1/run" <<'CHECK'
@@ -58,17 +59,18 @@ def test_a_disk_that_fills_up(lab: Any, tmp_path: Path) -> None:
         cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
-    parts = dict(part.split("\n", 1) for part in done.stdout.split("== ") if part[:1].isdigit())
+    parts = dict(part.split("\n", 1) for part in done.stdout.split("@@ ") if part[:1].isdigit())
     assert list(parts) == list(SIZES), done.stdout
     for size, said in parts.items():
-        print(
-            f"\n== {size}\n" + "\n".join(line for line in said.splitlines() if "distill run" in line or "whole" in line)
-        )
+        shown = [line for line in said.splitlines() if re.match("distill run|what was|code|whole", line)]
+        print("\n".join([f"\n{size} of disk:", *shown]))
         assert "BROKEN" not in said and "Traceback" not in said
         assert "/partial" not in said, "what was half written is removed"
         if size != SIZES[-1]:
             assert "code 2" in said
-            assert "no space is left" in said and "MiB were free" in said and "the same command continues" in said
+            assert (
+                "no space is left" in said and "MiB free: too little" in said and "the same command continues" in said
+            )
     assert "whole" in parts["14m"] + parts["24m"], "a checkpoint was there as the disk filled up"
     assert "code 0" in parts[SIZES[-1]]
     assert lab.differences(tmp_path / "run") == []

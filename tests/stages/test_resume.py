@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_message_and_more_room_continues(done: Path, half: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
     assert error.startswith(f"distill train: cannot write to {half / STAGE}/train.partial/checkpoints: ")
-    assert "MiB were free" in error and "the same command continues" in error and error.count("\n") <= 5
+    assert "MiB free: too little" in error and "the same command continues" in error and error.count("\n") <= 5
     assert list((half / STAGE / "train.partial/checkpoints").iterdir()) == []
     assert main(["train", str(half)]) == 0
     name = f"{STAGE}/train/checkpoint/model.safetensors"
