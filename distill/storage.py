@@ -21,11 +21,8 @@ from distill.errors import UserError
 
 PARTIAL = "partial"
 """Folder in which ``new_folder`` builds, beside what it builds."""
-NO_ROOM = {
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file may not be as large as it must be (ulimit -f, or the file system's limit)",
-}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, a quota that is used up, and a file-size limit (ulimit -f, or the file system's)."""
 _verified: dict[tuple[int, int, int, int], str] = {}
 
 
@@ -138,7 +135,7 @@ def no_room(error: BaseException | None) -> tuple[str, Path | None] | None:
             number = errno.ENOSPC
         if number in NO_ROOM:
             name = getattr(error, "filename2", None) or getattr(error, "filename", None)
-            return NO_ROOM[number], Path(name) if isinstance(name, str) else None
+            return os.strerror(number), Path(name) if isinstance(name, str) else None
         error = error.__cause__ or error.__context__
     return None
 

@@ -76,10 +76,11 @@ def open_run(
     if config.sft.source:
         context.sft_data = data_identity(context.sft_source)
     if write:
+        more = also(context) if also else []
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
             hold(context.run_dir / "run.lock", str(context.run_dir))
-            check_finished(context, also(context) if also else [], force=force)
+            check_finished(context, more, force=force)
             for line in unrecorded(stages):
                 say(f"warning: {line}")
             with full_disk_named(context.run_dir):

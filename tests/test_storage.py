@@ -124,7 +124,7 @@ def test_every_writer_without_room_is_one_message(tmp_path: Path, short_files: N
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_space_and_quota_are_told_apart(tmp_path: Path, number: int) -> None:
-    expected = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up"}[number]
+    expected = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}[number]
     with pytest.raises(DiskFull, match=expected), full_disk_named(tmp_path):
         raise OSError(number, os.strerror(number), str(tmp_path / "file"))
 
