@@ -75,7 +75,6 @@ def test_a_finished_run_moved_elsewhere_is_skipped(done: Path, tmp_path: Path, c
     assert main(["run", str(run)]) == 0
     said = capsys.readouterr()
     assert said.out.count("is done already") == 10 and str(done) not in said.out
-    assert main(["report", str(run)]) == 0
     assert not (run / "run.lock").exists()
 
 
