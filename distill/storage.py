@@ -47,13 +47,18 @@ def sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
+def building_place(target: Path) -> Path:
+    """Where ``new_folder`` builds ``target``."""
+    return target.parent / PARTIAL / target.name
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all: yields ``partial/NAME`` beside ``target``, which then takes its place.
 
     What a killed process left is removed before, and on any error what is half written. Raises DiskFull.
     """
-    partial = target.parent / PARTIAL / target.name
+    partial = building_place(target)
     shutil.rmtree(partial.parent, ignore_errors=True)
     try:
         with full_disk_named(target.parent):

@@ -26,7 +26,7 @@ from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
 from distill.losses import distillation_loss
 from distill.records import write_text
-from distill.storage import new_folder, sync
+from distill.storage import building_place, new_folder, sync
 from distill.teacher import Teacher
 
 NO_DECAY = re.compile(r"A_log|\.D$|dt_bias|bias|norm|embed_tokens|lm_head")
@@ -158,15 +158,21 @@ class LanguageTrainer(Trainer):
         Raises DiskFull; what was half written is gone then, and the others stand.
         """
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        with new_folder(folder / f"checkpoint-{step}") as partial:
+        target, wait, first = folder / f"checkpoint-{step}", self.accelerator.wait_for_everyone, self.args.should_save
+        with new_folder(target) if first else nullcontext(building_place(target)) as partial:
+            wait()
             self.building = partial.parent
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self.building = None
-            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            seal(partial)
-        prune(folder, step, self.args.save_total_limit or 2)
+            wait()  # each process of a job writes its random numbers
+            if first:
+                (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                seal(partial)
+        if first:
+            prune(folder, step, self.args.save_total_limit or 2)
+        wait()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, the replaced mixers' parameters in groups of their own if they have their own rate."""
