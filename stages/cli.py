@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib import util
@@ -124,19 +125,31 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest  # key=value may stand after an option, too
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return perform(args)
+    except KeyboardInterrupt as error:
+        name, number = (str(error) or "SIGINT"), getattr(error, "signum", signal.SIGINT)
+        print(f"\ndistill {args.verb}: stopped by {name}; the same command continues", file=sys.stderr)
+        return 128 + number
+
+
+def perform(args: argparse.Namespace) -> int:
+    """Do what was asked; imports come here, because they take seconds."""
     quiet()
+    from distill import interrupt, lock
     from distill.errors import UserError
+    from distill.storage import full_disk_named
 
     try:
-        return int(importlib.import_module(VERBS[args.verb]).main(args))
+        with interrupt.handled(), full_disk_named(Path.cwd()):
+            return int(importlib.import_module(VERBS[args.verb]).main(args))
     except UserError as error:
         if args.debug:
             raise
         print(f"distill {args.verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ndistill {args.verb}: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    finally:
+        lock.release()
 
 
 def quiet() -> None:

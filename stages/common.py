@@ -15,9 +15,11 @@ from distill.config import RunConfig, dump_config, load_config
 from distill.data.mixture import check_data
 from distill.errors import UserError
 from distill.hybrid.surgery import check_teacher, hybrid_config
+from distill.lock import hold
 from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, dependents, forget, write_text
 from distill.schedule import Stage
+from distill.storage import full_disk_named
 from distill.teacher import load_config as load_model_config
 from distill.teacher import load_tokenizer
 from eval.accuracy import task_manager
@@ -76,12 +78,15 @@ def open_run(
     if config.sft.source:
         context.sft_data = data_identity(context.sft_source)
     if write:
-        check_finished(context, also(context) if also else [], force=force)
-        for line in unrecorded(stages):
-            say(f"warning: {line}")
+        more = also(context) if also else []
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(context.run_dir / "run.yaml", dump_config(config))
+            hold(context.run_dir / "run.lock", str(context.run_dir))
+            check_finished(context, more, force=force)
+            for line in unrecorded(stages):
+                say(f"warning: {line}")
+            with full_disk_named(context.run_dir):
+                write_text(context.run_dir / "run.yaml", dump_config(config))
         except OSError as error:
             raise UserError(f"cannot write to run_dir={config.run_dir}: {error.strerror}") from error
     return context

@@ -96,6 +96,7 @@ class Context:
         ends: list[dict[str, str]] = []  # the training of every stage
         for stage in self.stages:
             start = stage.start
+            reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
@@ -108,12 +109,28 @@ class Context:
             }
             after = {} if start.stage is None else ends[start.stage]
             for name, values in inputs.items():
-                step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after))
+                step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after), reads[name])
                 steps.append(step)
                 after = {step.name: step.fingerprint}
                 if name == "train":
                     ends.append(after)
         return steps
+
+    def reads(self, stage: Stage) -> dict[str, tuple[Path, ...]]:
+        """What each step of a stage opens of what others wrote."""
+        model: tuple[Path, ...] = (Path(stage.start.path),) if stage.start.path else ()
+        mixers: tuple[Path, ...] = ()
+        if stage.start.stage is not None:
+            source = self.stages[stage.start.stage]
+            model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
+        train = self.folder(stage, "train")
+        return {
+            "score": (*model, *mixers),
+            "place": (self.folder(stage, "score"), *mixers),
+            "swap": (self.folder(stage, "place"), *model),
+            "train": (self.folder(stage, "swap"),),
+            "measure": (train / "checkpoint", train / "train.json"),
+        }
 
     def sft_steps(self, stage: Stage) -> list[Step]:
         """The steps that fine-tune a stage's distilled model, merge it and measure it."""
@@ -130,10 +147,16 @@ class Context:
             "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
         }
         trained = self.step(stage, "train")
+        tuned_model = self.tuned_folder(stage, "train")
+        reads = {
+            "train": (self.checkpoint(stage),),
+            "merge": (self.checkpoint(stage), tuned_model),
+            "measure": (self.tuned_folder(stage, "merge"), tuned_model / "train.json"),
+        }
         steps, after = [], {trained.name: trained.fingerprint}
         for name, values in inputs.items():
             folder = self.tuned_folder(stage, name)
-            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after))
+            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after, reads[name]))
             after = {steps[-1].name: steps[-1].fingerprint}
         return steps
 

@@ -23,7 +23,9 @@ from distill.config import PretrainConfig, dump_config, load_config
 from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.errors import UserError
+from distill.lock import hold
 from distill.records import differences, read_json, write_json, write_text
+from distill.storage import full_disk_named, sync, sync_tree
 from distill.teacher import load_model, load_tokenizer
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
@@ -75,6 +77,7 @@ def settle_recipe(config: PretrainConfig, output: Path) -> None:
 
 def train(config: PretrainConfig, output: Path) -> None:
     """Train, and write the model as bf16: its weights last, so that where they are all else is too."""
+    hold(output / "train.lock", str(output))
     set_seed(config.seed)
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -90,9 +93,12 @@ def train(config: PretrainConfig, output: Path) -> None:
     (output / "scores.json").unlink(missing_ok=True)  # of weights that were there before
     tokenizer.save_pretrained(output)
     partial = output / "model.partial"
-    model.to(torch.bfloat16).save_pretrained(partial)
+    with full_disk_named(output):
+        model.to(torch.bfloat16).save_pretrained(partial)
+        sync_tree(partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "model.safetensors"):
         os.replace(file, output / file.name)
+    sync(output)
     partial.rmdir()
     say(f"wrote {output}")
 

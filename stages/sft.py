@@ -9,7 +9,6 @@ and the report with it. Writes ``posttrain/01-H1-5-SFT/{train,merge,measure}``.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from distill.posttrain.merge import merge as average
 from distill.posttrain.sft import fine_tune
 from distill.records import Step, read_json, write_json
 from distill.schedule import Stage
+from distill.storage import new_folder
 from distill.teacher import load_model, load_tokenizer
 from distill.trainer import append_line, heldout_loss, logged_minutes
 from eval.report import table, write_report
@@ -70,7 +70,7 @@ def run_stage(context: Context, stage: Stage) -> bool:
     did = measuring.run_teacher(context)
     works: tuple[Callable[[Context, Stage, Path], None], ...] = (train, merge, measure)
     for step, work in zip(context.sft_steps(stage), works, strict=True):
-        if step.perform(partial(work, context, stage), resumable=work is train):
+        if step.perform(partial(work, context, stage), resumable=work is train, scratch=("checkpoints",)):
             did = True
         else:
             say(f"{name}: {step.folder.name} is done already")
@@ -118,13 +118,13 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     for step, loss in ((0, start), (sft.steps, end)):
         append_line(log, {"step": step, "eval_loss": loss})
     model.config.use_cache = True
-    model.save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
-    lineage = context.checkpoint(stage) / "lineage.json"
-    if lineage.is_file():
-        entry = {"name": name, "tokens": tokens, "steps": sft.steps}
-        write_json(folder / "checkpoint" / "lineage.json", [*read_json(lineage), entry])
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with new_folder(folder / "checkpoint") as partly:
+        model.save_pretrained(partly)
+        tokenizer.save_pretrained(partly)
+        lineage = context.checkpoint(stage) / "lineage.json"
+        if lineage.is_file():
+            entry = {"name": name, "tokens": tokens, "steps": sft.steps}
+            write_json(partly / "lineage.json", [*read_json(lineage), entry])
     losses = {"eval_loss_start": start, "eval_loss_end": end}
     spent = {"steps": sft.steps, "tokens": tokens, "minutes": round(minutes, 3)}
     write_json(folder / "train.json", {**spent, "loss": LOSS, **losses, "data": counts_record(data, rows)})

@@ -30,6 +30,7 @@ from distill.data.prompts import Prompt, embedded_prompts, read_prompts
 from distill.data.sample import Completion, Question, Sampling, Sieve, render, sample, trace
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError, choose, nearest
+from distill.lock import hold
 from distill.records import differences, provenance, read_json, write_json, write_text
 from distill.teacher import DTYPES, load_model, load_tokenizer
 from distill.teacher import load_config as load_model_config
@@ -51,6 +52,10 @@ class Files:
     @property
     def record(self) -> Path:
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + ".record.json")
+
+    @property
+    def lock(self) -> Path:
+        return self.output.with_name(self.output.name + ".lock")
 
     @property
     def partial(self) -> Path:
@@ -166,6 +171,7 @@ class Partial:
         self.batches: list[list[Completion]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            hold(files.lock, str(files.output))
             if force:
                 files.output.unlink(missing_ok=True)
                 path.unlink(missing_ok=True)

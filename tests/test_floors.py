@@ -15,7 +15,17 @@ STAGES = "pretrain traces show plan score place swap train measure sft merge ben
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
 # A package's __init__ is named by itself: distill/__init__.py registers the hybrids, so it lives on their floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("distill.errors", "distill.config", "distill.placement", "distill.schedule", "distill.records"),  # F0
+    (
+        "distill.errors",
+        "distill.config",
+        "distill.placement",
+        "distill.schedule",
+        "distill.records",
+        "distill.storage",
+        "distill.checkpoints",
+        "distill.interrupt",
+        "distill.lock",
+    ),  # F0
     (
         "distill.ops",
         "distill.ops.*",

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from distill.errors import UserError
 from distill.placement import ATTENTION
 from distill.records import differences, read_json, write_json
+from distill.storage import full_disk_named, sync, sync_tree
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,17 +65,20 @@ def merge(a: Path, b: Path, alpha: float, output: Path) -> dict[str, Any]:
     try:
         if temporary.exists():  # of a merge that was killed
             shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        for path in sorted(a.iterdir()):
-            if path.is_file() and path.suffix in COPIED and path.name not in ("merge.json", "lineage.json"):
-                shutil.copyfile(path, temporary / path.name)
-        for name, keys in files.items():
-            save_file(dict(averages(a, b, keys, alpha)), temporary / name, metadata={"format": "pt"})
-        record = {"a": str(a), "b": str(b), "alpha": alpha}
-        write_json(temporary / "merge.json", record)
-        if (lineage := merged_lineage(a, b, alpha)) is not None:
-            write_json(temporary / "lineage.json", lineage)
+        with full_disk_named(output.parent):
+            temporary.mkdir(parents=True)
+            for path in sorted(a.iterdir()):
+                if path.is_file() and path.suffix in COPIED and path.name not in ("merge.json", "lineage.json"):
+                    shutil.copyfile(path, temporary / path.name)
+            for name, keys in files.items():
+                save_file(dict(averages(a, b, keys, alpha)), temporary / name, metadata={"format": "pt"})
+            record = {"a": str(a), "b": str(b), "alpha": alpha}
+            write_json(temporary / "merge.json", record)
+            if (lineage := merged_lineage(a, b, alpha)) is not None:
+                write_json(temporary / "lineage.json", lineage)
+            sync_tree(temporary)
         os.replace(temporary, output)
+        sync(output.parent)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from error
     finally:
