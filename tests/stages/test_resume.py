@@ -101,15 +101,18 @@ def test_a_training_stopped_and_moved_continues(
     assert weights(run) == weights(done)
 
 
-def test_the_second_process_on_a_run_is_told_of_the_first(half: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("verb", ["run", "train", "measure", "sft"])
+def test_the_second_process_on_a_run_is_told_of_the_first(verb: str, done: Path, tmp_path: Path, capsys: Any) -> None:
+    half = shutil.copytree(done, tmp_path / "half")
+    shutil.rmtree(half / "stages/02-H1-2")
+    shutil.rmtree(half / STAGE / "measure")
     holder = {**lock.myself(), "host": "node7", "pid": 7, "since": "2026-11-21 09:00:00", "command": "distill run demo"}
     (half / "run.lock").write_text(json.dumps(holder))
     before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}
-    for verb in ("run", "train", "measure", "sft"):
-        assert main([verb, str(half)]) == 2
-        error = capsys.readouterr().err
-        assert f"{half} is in use: host node7, pid 7, since 2026-11-21 09:00:00\n  by: distill run demo" in error
-        assert error.count("\n") <= 5
+    assert main([verb, str(half)]) == 2
+    error = capsys.readouterr().err
+    assert f"{half} is in use: host node7, pid 7, since 2026-11-21 09:00:00\n  by: distill run demo" in error
+    assert error.count("\n") <= 5
     assert {path: path.stat().st_mtime_ns for path in half.rglob("*")} == before
     assert main(["report", str(half)]) == 0, "reading is free"
     assert main(["plan", str(half), "plan.device_tflops=1"]) == 0
