@@ -88,7 +88,7 @@ class Context:
             train.pop(key)
         data.pop("source" if config.data.mixture else "mixture")  # the one that is not used
         data["content"] = self.data
-        measure = asdict(config.measure)
+        measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         ends: list[dict[str, str]] = []  # the training of every stage
         for stage in self.stages:
@@ -123,7 +123,7 @@ class Context:
         inputs = {
             "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
             "merge": {"alpha": sft.alpha},
-            "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
+            "measure": {**base, "measure": self.measured(), "kernels": config.kernels},
         }
         trained = self.step(stage, "train")
         steps, after = [], {trained.name: trained.fingerprint}
@@ -136,6 +136,10 @@ class Context:
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""
         return {"threads": self.threads, "kernels": self.config.kernels}
+
+    def measured(self) -> dict[str, Any]:
+        """What of the config decides what is measured (consent to run code changes no figure)."""
+        return {key: value for key, value in asdict(self.config.measure).items() if key != "allow_code_execution"}
 
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""

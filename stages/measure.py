@@ -84,6 +84,7 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
         batch_size=options.batch_size,
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
+        allow_code=options.allow_code_execution,
     )
     for line in scores.lines():
         say(line)

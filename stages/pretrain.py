@@ -28,7 +28,7 @@ from distill.teacher import load_model, load_tokenizer
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
 from stages.common import say, set_threads
-from stages.targets import config_path
+from stages.targets import check_pretrain, config_path
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,8 +42,9 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises UserError where the data cannot be had, or the folder holds a model of another recipe.
     """
+    check_pretrain(config)
     check_data(config.data)
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     settle_recipe(config, output)
     if (output / "model.safetensors").is_file():
         say(f"{output} holds the trained model: nothing is trained")

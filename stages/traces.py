@@ -26,7 +26,7 @@ from distill.data.sample import Completion, Question, Sampling, Sieve, render, s
 from distill.data.traces import EMBEDDED
 from distill.errors import UserError, choose, nearest
 from distill.records import differences, provenance, read_json, write_json, write_text
-from distill.teacher import DTYPES, load_model, load_tokenizer
+from distill.teacher import DTYPES, load_model, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
 from stages.common import say, set_threads
 from stages.identity import identity, source_identity
@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
     if files.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: give a file")
     prompts = load_prompts(args.prompts, args.limit, args.seed, files)
+    trust_code(args.teacher, args.trust_remote_code)
     teacher = load_model_config(args.teacher, convertible=False)
     drawn = {
         "teacher": {"name": args.teacher, "content": identity(args.teacher, teacher), "dtype": args.dtype},

@@ -15,7 +15,14 @@ STAGES = "pretrain traces plan score place swap train measure sft merge bench re
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
 # A package's __init__ is named by itself: distill/__init__.py registers the hybrids, so it lives on their floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("distill.errors", "distill.config", "distill.placement", "distill.schedule", "distill.records"),  # F0
+    (
+        "distill.errors",
+        "distill.config",
+        "distill.placement",
+        "distill.schedule",
+        "distill.records",
+        "distill.weights",
+    ),  # F0
     (
         "distill.ops",
         "distill.ops.*",
@@ -46,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages",
         "stages.common",
         "stages.context",
+        "stages.failures",
         "stages.identity",
         "stages.lineage",
         "stages.targets",
