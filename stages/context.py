@@ -9,9 +9,10 @@ from typing import Any
 
 from distill.config import DataConfig, RunConfig
 from distill.data.mixture import load_data
-from distill.errors import UserError
+from distill.errors import UserError, choose
+from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
-from distill.records import Step, read_json
+from distill.records import Step, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
@@ -56,7 +57,17 @@ class Context:
             return start.path or self.config.teacher, list(start.mixers) or [ATTENTION] * stage.num_blocks
         source = self.stages[start.stage]
         model = need(self.checkpoint(source, start.step), "train")
-        return str(model), read_json(self.folder(source, "place") / "placement.json")["mixers"]
+        return str(model), self.placement(source)["mixers"]
+
+    def placement(self, stage: Stage) -> dict[str, Any]:
+        """What ``place`` wrote: ``mixers`` (the mixer of every block) and ``added``; UserError for a broken record."""
+        file = self.folder(stage, "place") / "placement.json"
+        record = read_record(file, mixers=list[str], added=list[int])
+        if len(record["mixers"]) != stage.num_blocks:
+            raise UserError(f"{file} is broken: {len(record['mixers'])} mixers for {stage.num_blocks} blocks")
+        for mixer in set(record["mixers"]) - {ATTENTION}:
+            choose(f"mixer in {file}:", mixer, available())
+        return record
 
     @property
     def sft_source(self) -> DataConfig:

@@ -27,6 +27,7 @@ from distill.records import differences, read_json, write_json, write_text
 from distill.teacher import load_model, load_tokenizer
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
+from eval.wellformed import problem
 from stages.common import say, set_threads
 from stages.targets import check_pretrain, config_path
 
@@ -106,6 +107,7 @@ def score(output: Path) -> accuracy.Scores:
         scores = accuracy.evaluate(model, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100)
         write_json(path, scores.record)
     record: Any = read_json(path)
-    if not isinstance(record, dict) or record.keys() != {"accuracy", "by_distance"}:
+    known = isinstance(record, dict) and record.keys() == {"accuracy", "by_distance"}
+    if not known or problem("measure", {**record, "throughput": []}):
         raise UserError(f"{path} is in another form: remove it, and the same command measures again")
     return accuracy.Scores(record["accuracy"], record["by_distance"])

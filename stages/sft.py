@@ -24,7 +24,7 @@ from distill.mixers import set_kernels
 from distill.placement import tuned_name
 from distill.posttrain.merge import merge as average
 from distill.posttrain.sft import fine_tune
-from distill.records import Step, read_json, write_json
+from distill.records import Step, read_record, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
 from distill.trainer import append_line, heldout_loss, logged_minutes
@@ -32,7 +32,7 @@ from eval.report import table, write_report
 from stages import measure as measuring
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say
 from stages.context import Context, need
-from stages.lineage import lineage_tokens
+from stages.lineage import lineage_tokens, recorded
 
 LOSS = "cross_entropy"
 
@@ -117,10 +117,9 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     model.config.use_cache = True
     model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
-    lineage = context.checkpoint(stage) / "lineage.json"
-    if lineage.is_file():
+    if (context.checkpoint(stage) / "lineage.json").is_file():
         entry = {"name": name, "tokens": tokens, "steps": sft.steps}
-        write_json(folder / "checkpoint" / "lineage.json", [*read_json(lineage), entry])
+        write_json(folder / "checkpoint" / "lineage.json", [*recorded(context.checkpoint(stage)), entry])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     losses = {"eval_loss_start": start, "eval_loss_end": end}
     spent = {"steps": sft.steps, "tokens": tokens, "minutes": round(minutes, 3)}
@@ -137,7 +136,7 @@ def merge(context: Context, stage: Stage, folder: Path) -> None:
     heldout = held_out(context, load_tokenizer(context.config.teacher))
     loss = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     write_json(folder / "merge.json", {"alpha": sft.alpha, "eval_loss": loss})
-    losses = read_json(tuned / "train.json")
+    losses = read_record(tuned / "train.json", eval_loss_end=float, eval_loss_start=float)
     say(
         f"{tuned_name(stage.name)}: {sft.alpha:g} * SFT + {1 - sft.alpha:g} * {stage.name}; held-out {LOSS} "
         f"{losses['eval_loss_end']:.4f} (SFT), {losses['eval_loss_start']:.4f} ({stage.name}), {loss:.4f} (merged)"
@@ -146,7 +145,7 @@ def merge(context: Context, stage: Stage, folder: Path) -> None:
 
 def measure(context: Context, stage: Stage, folder: Path) -> None:
     begin(context, stage, 6)
-    train = read_json(context.tuned_folder(stage, "train") / "train.json")
+    train = read_record(context.tuned_folder(stage, "train") / "train.json", tokens=int, minutes=float)
     spent = {
         "tokens": lineage_tokens(context.config, context.stages, stage) + train["tokens"],
         "minutes": train["minutes"],

@@ -25,7 +25,7 @@ from distill.data.prompts import Prompt, embedded_prompts, read_prompts
 from distill.data.sample import Completion, Question, Sampling, Sieve, render, sample, trace
 from distill.data.traces import EMBEDDED
 from distill.errors import UserError, choose, nearest
-from distill.records import differences, provenance, read_json, write_json, write_text
+from distill.records import differences, provenance, read_record, write_json, write_text
 from distill.teacher import DTYPES, load_model, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
 from stages.common import say, set_threads
@@ -125,7 +125,7 @@ def is_done(files: Files, settings: dict[str, Any], force: bool) -> bool:
         raise UserError(f"{files.output} is there, and not of this command's making: give another --output")
     if force:
         return False
-    refuse_other(files.output, read_json(files.record)["settings"], settings)
+    refuse_other(files.output, read_record(files.record, settings=dict)["settings"], settings)
     return True
 
 

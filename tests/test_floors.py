@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distill.teacher",),
     ("distill.trainer",),  # F5
     ("distill.importance", "distill.importance.*", "distill.posttrain", "distill.posttrain.*"),
-    ("eval", "eval.backends", "eval.backends.*"),
+    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
     (
         "eval.accuracy",
         "eval.loglikelihood",

@@ -150,6 +150,9 @@ def merged_lineage(a: Path, b: Path, alpha: float) -> list[dict[str, Any]] | Non
     if not (left.is_file() and right.is_file()):
         return None
     entries, others = read_json(left), read_json(right)
+    for file, content in ((left, entries), (right, others)):
+        if not isinstance(content, list):
+            raise UserError(f"{file} is broken: expected a list; mend it, or remove it to count no tokens")
     name = next((entry.get("name") for entry in reversed(others) if isinstance(entry, dict)), None)
     return [*entries, {"name": f"merged with {name or b} (alpha {alpha:g})", "tokens": 0, "steps": 0}]
 
