@@ -22,6 +22,7 @@ VERSION = 1
 """Format of ``run.yaml``: raised when a program that knows only the one before could not go on with a run."""
 UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 """What OmegaConf and PyYAML raise for text that they cannot make a config of."""
+PAIRS = "expected key: value pairs (see configs/demo.yaml)"
 SCALARS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -290,19 +291,25 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        hint = " (indent with spaces, not tabs)" if "'\\t'" in str(error.problem) else ""
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if mark else []
+        tab = mark and mark.line < len(lines) and "\t" in lines[mark.line]
+        hint = " (indent with spaces, not tabs)" if tab else ""
         problem = brief(", ".join(part for part in (error.context, error.problem) if part))
+        if "max_yaml_expanded_nodes" in problem:
+            problem = "its aliases (*) expand to more than 10000 values: write out what is needed"
         raise UserError(f"{path}{place} is not YAML: {problem}{hint}") from error
     except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
+        if error.errno is None:  # OmegaConf's way of saying that it found a number or a truth value
+            raise UserError(f"{path}: {PAIRS}, found {brief(error).rpartition(' ')[2]}") from error
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not YAML: it is no text in UTF-8 (byte {error.start})") from error
+        raise UserError(f"{path} is not YAML: it is no text in UTF-8") from error
     except RecursionError as error:
         raise UserError(f"{path} is not YAML that can be a config: it is nested too deeply") from error
     except UNREADABLE as error:
         raise UserError(f"{path} is not YAML: {brief(error)}") from error
     found = "nothing" if not loaded else "a list"
-    raise UserError(f"{path}: expected key: value pairs (see configs/demo.yaml), found {found}")
+    raise UserError(f"{path}: {PAIRS}, found {found}")
 
 
 def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], overrides: Sequence[str] = ()) -> Config:
@@ -314,7 +321,7 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
     named = [(where, "", layer) for where, layer in layers]
     for text in overrides:
         if "=" not in text:
-            raise UserError(f"expected key=value, got '{text}'{nearest(text, get_type_hints(kind))}")
+            raise UserError(f"expected key=value, got '{text}'")
         try:
             layer = split_colons(OmegaConf.to_container(OmegaConf.from_dotlist([text])))
         except UNREADABLE as error:

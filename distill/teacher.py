@@ -35,10 +35,10 @@ def resolve(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"the embedded teacher is missing from {folder}; 'make teacher' trains it")
         return str(folder)
-    path = Path(name).expanduser()
+    path = Path(name).expanduser() if name.strip() else Path(" ")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name} is no model folder: it has no config.json")
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") != 1):
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
         raise UserError(f"no model '{name}': give a folder with config.json, a hub name (owner/model), or '{EMBEDDED}'")
     return str(path) if path.is_dir() else name
 
@@ -69,7 +69,7 @@ def load_config(name: str, *, convertible: bool = True) -> Any:
         raise _unloadable("config", name, error) from error
     if convertible:
         check_convertible(config)
-        _check_shape(name, config)
+        check_shape(name, config)
     return config
 
 
@@ -167,27 +167,31 @@ def _refuse_code(name: str, keys: Mapping[str, Any], file: str) -> None:
     if keys.get("auto_map") and resolve(name) not in _TRUSTED:
         raise UserError(
             f"'{name}' brings Python code of its own (auto_map in its {file}), which is not run: read the code, and if "
-            "you trust it set trust_remote_code=true (if the architecture is a common one, remove auto_map)"
+            "you trust it set trust_remote_code=true (of distill traces: --trust-remote-code); if the architecture is "
+            "a common one, remove auto_map"
         )
 
 
-def _check_shape(name: str, config: Any) -> None:
+def check_shape(name: str, config: Any) -> None:
     """Raise UserError for a shape that no model could have."""
     for key in SHAPE:
         value = getattr(config, key, 1)  # not every family has every key
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"config.json of '{name}': {key}={value!r} must be a whole number above 0")
+            raise UserError(f"the config of '{name}': {key}={value!r} must be a whole number above 0")
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", 1)
     if heads % groups:
-        raise UserError(f"config.json of '{name}': {heads} query heads cannot share {groups} key-value heads")
+        raise UserError(f"the config of '{name}': {heads} query heads cannot share {groups} key-value heads")
 
 
 def _unloadable(what: str, name: str, error: Exception) -> UserError:
     """The message for a config, weights or a tokenizer that a library could not load."""
+    reason = f"no key {error}" if isinstance(error, KeyError) else brief(error)
     if Path(resolve(name)).is_dir():
-        return UserError(f"cannot load the {what} of '{name}': {brief(error)}")
+        return UserError(f"cannot load the {what} of '{name}': {reason}")
+    if "connect" in reason or "offline" in reason:
+        reason = "the hub cannot be reached, and it is not in the cache"
     return UserError(
-        f"'{name}' is no folder here, and as a hub name it cannot be had: {brief(error)}\n"
+        f"'{name}' is no folder here, and as a hub name it cannot be had: {reason}\n"
         "check the name; without a network, download it before or give its folder"
     )
 

@@ -151,7 +151,13 @@ def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
 
 def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, Stage], bool]) -> int:
     """The main of a verb that does one step of one stage."""
-    context = open_run(args.target, args.overrides, force=args.force)
+
+    def named(context: Context) -> list[Step]:
+        if args.stage is not None:
+            find_stage(context, args.stage, step)  # refused before anything is written
+        return []
+
+    context = open_run(args.target, args.overrides, force=args.force, also=named)
     stage = find_stage(context, args.stage, step)
     if stage is None:
         if args.force:

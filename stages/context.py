@@ -64,7 +64,10 @@ class Context:
         file = self.folder(stage, "place") / "placement.json"
         record = read_record(file, mixers=list[str], added=list[int])
         if len(record["mixers"]) != stage.num_blocks:
-            raise UserError(f"{file} is broken: {len(record['mixers'])} mixers for {stage.num_blocks} blocks")
+            raise UserError(
+                f"{file} is broken: {len(record['mixers'])} mixers for {stage.num_blocks} blocks\n"
+                f"remove {file.parent} and run 'distill place' again"
+            )
         for mixer in set(record["mixers"]) - {ATTENTION}:
             choose(f"mixer in {file}:", mixer, available())
         return record

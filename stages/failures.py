@@ -66,7 +66,7 @@ def _explained(verb: str, error: Exception) -> str | None:
         where = f" ({error.filename})" if error.filename else ""
         return f"the disk is full{where}: {error.strerror}; make room, then the same command continues"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror or brief(error)}; what is finished stands"
+        return f"{error.strerror or brief(error)}: {brief(str(error.filename))}; what is finished stands"
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):
         return "a path begins with ~ and the name of no user: write ~/ for your home, or the whole path"
     return None

@@ -24,7 +24,8 @@ from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.errors import UserError
 from distill.records import differences, read_json, write_json, write_text
-from distill.teacher import load_model, load_tokenizer
+from distill.teacher import check_files, load_model, load_tokenizer
+from distill.teacher import load_config as load_model_config
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
 from eval.wellformed import problem
@@ -46,6 +47,9 @@ def pretrain(config: PretrainConfig) -> Path:
     check_pretrain(config)
     check_data(config.data)
     output = Path(config.output).expanduser()
+    if config.start and not (output / "model.safetensors").is_file():
+        load_model_config(config.start, convertible=False)
+        check_files(config.start)
     settle_recipe(config, output)
     if (output / "model.safetensors").is_file():
         say(f"{output} holds the trained model: nothing is trained")

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig
 
 from distill.config import PretrainConfig, RunConfig, load_config
 from distill.data.mixture import check_weights
-from distill.errors import UserError, choose, nearest
+from distill.errors import UserError, brief, choose, nearest
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import LOSSES
 from distill.mixers import available as mixers
-from distill.teacher import DTYPES
+from distill.teacher import DTYPES, check_shape
 
 ABOVE_0 = math.ulp(0.0)  # the smallest number above 0
 LOWEST: dict[str, float] = {
@@ -34,6 +35,8 @@ LOWEST: dict[str, float] = {
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
 LARGE = 2**31 - 1  # of any number; it keeps infinity out, too
+FROM_TOKENIZER = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+"""Keys of a model's config that are not the user's to choose."""
 HIGHEST = {"seed": 2**32 - 1, "threads": 1024, "plan.utilisation": 1}
 
 
@@ -51,7 +54,12 @@ def config_path(target: str) -> Path:
     shipped = shipped_configs()
     if path.stem in shipped and (target == path.stem or path == Path("configs") / f"{path.stem}.yaml"):
         return shipped[path.stem]
-    raise UserError(f"no config '{target}'{nearest(target, shipped)}; give a YAML file or one of: {', '.join(shipped)}")
+    near, why = nearest(target, [*shipped, *(str(found) for found in path.parent.glob("*.yaml"))]), ""
+    if path.is_file():
+        near, why = "", ": the name of a YAML file ends in .yaml"
+    elif path.suffix in (".yaml", ".yml"):
+        why = ": there is no such file"
+    raise UserError(f"no config '{target}'{why}{near}; give a YAML file or one of: {', '.join(shipped)}")
 
 
 def read_config(target: str, overrides: list[str]) -> RunConfig:
@@ -103,6 +111,16 @@ def check_pretrain(config: PretrainConfig) -> None:
     if not config.output.strip():
         raise UserError("output is empty: name the folder that the teacher is to be written to")
     _check_training(config)
+    known = LlamaConfig().to_dict().keys() - FROM_TOKENIZER
+    for key in config.model:
+        if key not in known:
+            raise UserError(f"unknown key 'model.{key}'{nearest(key, known)}; allowed: those of a Llama's config.json")
+    try:
+        check_shape("model", LlamaConfig(**config.model))
+    except UserError:
+        raise
+    except Exception as error:  # transformers' validators raise errors of many kinds; each means a bad value
+        raise UserError(f"model is no Llama's config: {brief(error)}") from error
 
 
 def _check_training(config: RunConfig | PretrainConfig) -> None:
