@@ -20,8 +20,8 @@ from distill.errors import UserError, brief, nearest
 
 VERSION = 1
 """Format of ``run.yaml``: raised when a program that knows only the one before could not go on with a run."""
-UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, RecursionError)
-"""What OmegaConf and PyYAML raise for text that they cannot make a config of."""
+UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What OmegaConf and PyYAML raise for text that they cannot make a config of (``!!int`` alone is an IndexError)."""
 PAIRS = "expected key: value pairs (see configs/demo.yaml)"
 SCALARS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
