@@ -94,23 +94,24 @@ def check_tasks(names: Sequence[str], *, allow_code: bool) -> None:
             )
 
 
-def _running_code(index: Any, name: str) -> str | None:
-    """The first task that runs code of the model's among a task, or the tasks of a group or tag; None if none does."""
-    entry = index.get(name)
-    if entry is None:
-        return None
-    content = entry.cfg or {}
-    if content.get("unsafe_code"):
-        return name
+def _running_code(index: Any, task: Any) -> str | None:
+    """The first task that runs code of the model's in ``task``: the name of a task, group or tag, or what a group
+    holds in place of a name (a mapping); None if there is none."""
+    children: list[Any] = []
+    if isinstance(task, str):
+        entry = index.get(task)
+        content = (entry.cfg if entry else None) or {}
+        children = sorted(entry.tags) if entry and entry.cfg is None else []  # a tag
+    else:
+        content = task
     below = content.get("task")
-    children = below if isinstance(below, list) else sorted(entry.tags) if entry.cfg is None else []
-    for child in children:
-        if isinstance(child, dict) and child.get("unsafe_code"):
-            return str(child.get("task", name))
-        found = _running_code(index, str(child.get("task") or child.get("group")) if isinstance(child, dict) else child)
-        if found:
-            return found
-    return None
+    if content.get("unsafe_code"):
+        return str(below)
+    if isinstance(below, list):
+        children = below
+    elif below is not None and below != task:
+        children = [below]
+    return next((found for child in children if (found := _running_code(index, child))), None)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -57,7 +58,7 @@ def test_a_job_script_takes_names_and_paths_as_they_are(
     """The script is run by bash with an sbatch that keeps what it is given: nothing but its text arrives."""
     monkeypatch.chdir(tmp_path)
     name, folder = """it's $(touch ran) `touch ran` "b";touch ran""", f"{tmp_path}/a b $(touch ran)'"
-    overrides = [f"name={name!r}", f'run_dir="{folder}"', "slurm.partition='p $(touch ran)'", "schedule=[5]"]
+    overrides = [f"name={json.dumps(name)}", f'run_dir="{folder}"', "slurm.partition='p $(touch ran)'", "schedule=[5]"]
     assert main(["submit", "demo", *overrides, "--dry-run"]) == 0
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sbatch").write_text("#!/bin/bash\ncat >> jobs; echo 1\n")
