@@ -178,7 +178,7 @@ def check_shape(name: str, config: Any) -> None:
         value = getattr(config, key, 1)  # not every family has every key
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"the config of '{name}': {key}={value!r} must be a whole number above 0")
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", 1)
+    heads, groups = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", 1)
     if heads % groups:
         raise UserError(f"the config of '{name}': {heads} query heads cannot share {groups} key-value heads")
 

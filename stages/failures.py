@@ -14,14 +14,17 @@ LINES, COLUMNS = 5, 600
 OURS = ("distill", "eval", "stages")
 PACKAGES = {"lm_eval": "lm-eval", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 """Names on PyPI of modules that are called otherwise."""
-NETWORK = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3", "aiohttp", "datasets")
+NETWORK = ("huggingface_hub", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3", "aiohttp")
 MORE = "; or a machine with more memory"
-TRAINING = "lower data.sequence_length, or set train.gradient_checkpointing=true"
+TRAINING = (
+    "raise {0}.gradient_accumulation (what is held at once is {0}.batch_size / that), lower data.sequence_length, or "
+    "set train.gradient_checkpointing=true"
+)
 KNOBS = {
-    "score": f"raise train.gradient_accumulation (what it holds at once is train.batch_size / that), {TRAINING}",
-    "train": f"raise train.gradient_accumulation (what it holds at once is train.batch_size / that), {TRAINING}",
-    "sft": f"raise sft.gradient_accumulation (what it holds at once is sft.batch_size / that), {TRAINING}",
-    "pretrain": f"raise train.gradient_accumulation (what it holds at once is train.batch_size / that), {TRAINING}",
+    "score": f"for loo set dtype=bfloat16; for mmr {TRAINING.format('train')}",
+    "train": TRAINING.format("train"),
+    "sft": TRAINING.format("sft"),
+    "pretrain": TRAINING.format("train"),
     "measure": "lower measure.batch_size, measure.throughput.batches or measure.throughput.contexts",
     "traces": "lower --batch-size or --max-new-tokens",
     "swap": "set dtype=bfloat16",
@@ -57,7 +60,8 @@ def _explained(verb: str, error: Exception) -> str | None:
         module = error.name.split(".")[0]
         return f"the package {module} is not installed: pip install {PACKAGES.get(module, module)}"
     origin = type(error).__module__.split(".")[0]
-    if origin in NETWORK or isinstance(error, (ConnectionError, TimeoutError)):
+    unfound = type(error).__name__ == "DatasetNotFoundError"  # what `datasets` says without a network
+    if origin in NETWORK or unfound or isinstance(error, (ConnectionError, TimeoutError)):
         return (
             f"not to be had from the network, nor from the cache: {brief(error)}\n"
             "check the name and the connection; where there is none, download it before (HF_HOME says where to)"
