@@ -104,7 +104,9 @@ def load_model(name: str, dtype: str = "float32", *, convertible: bool = True) -
             raise
         raise _unloadable("weights", name, error) from error
     wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
-    wrong += [f"{key}: {list(have)} in the file, {list(want)} wanted" for key, have, want in found["mismatched_keys"]]
+    wrong += [
+        f"{key}: {list(have)} in the file, {list(want)} wanted" for key, have, want in sorted(found["mismatched_keys"])
+    ]
     if wrong:
         raise UserError(f"the weights of '{name}' are not those of its config: {len(wrong)} wrong, such as {wrong[0]}")
     for key, tensor in model.named_parameters():

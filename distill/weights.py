@@ -42,7 +42,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
                 "  python -c 'from transformers import AutoModelForCausalLM as M; "
                 f'M.from_pretrained("{folder}").save_pretrained("{folder}")\''
             )
-        raise UserError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX}")
+        raise UserError(f"cannot read {folder / WEIGHTS}: the folder holds no weights, neither that file nor {INDEX}")
     with open_weights(folder / WEIGHTS) as file:
         return dict.fromkeys(file.keys(), WEIGHTS)
 

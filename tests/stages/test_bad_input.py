@@ -195,7 +195,7 @@ TEACHERS = [
     (["traces", "--teacher", "{tmp}/code", "--prompts", "embedded", "--output", "{tmp}/new"], "trust_remote_code"),
 ]
 LATE_TEACHERS = [
-    ([*TINY, "teacher={tmp}/smaller"], "[64, 48] in the file, [32, 48] wanted"),
+    ([*TINY, "teacher={tmp}/smaller"], "[48, 64] in the file, [48, 32] wanted"),
     ([*TINY, "teacher={tmp}/deeper"], "is missing"),
     ([*TINY, "teacher={tmp}/nan"], "hold NaN or infinite values, such as in model.norm.weight"),
     ([*TINY, "teacher={tmp}/infinite"], "hold NaN or infinite values"),
