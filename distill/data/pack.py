@@ -58,6 +58,8 @@ def check_chat(chat: Any) -> None:
     check_messages(chat)
     if not chat or chat[-1]["role"] != "assistant":
         raise UserError("a chat must end with an assistant turn (the completion to learn)")
+    if len(chat) < 2:
+        raise UserError("a chat needs a turn before the assistant's, to which it answers")
 
 
 def encode_texts(

@@ -257,6 +257,7 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "malformed.jsonl": rows(CHAT, '{"messages": ', CHAT),
     "columns.jsonl": rows({"question": "a", "reply": "b"}),
     "no_target.jsonl": rows(CHAT, {"messages": CHAT["messages"][:1]}),
+    "only_answer.jsonl": rows(CHAT, {"messages": CHAT["messages"][1:]}),
     "numbers.jsonl": rows({"prompt": 1, "completion": 2}),
     "one.jsonl": rows(CHAT),
     "binary.jsonl": text(bytes(range(128, 256))),

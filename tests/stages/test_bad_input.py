@@ -226,6 +226,7 @@ LATE_DATA = [
     ([*MMR, "data.source={tmp}/malformed.jsonl"], "malformed.jsonl:2"),
     ([*MMR, "data.source={tmp}/columns.jsonl"], "question"),
     ([*MMR, "data.source={tmp}/no_target.jsonl"], "no_target.jsonl:2"),
+    ([*MMR, "data.source={tmp}/only_answer.jsonl"], "only_answer.jsonl:2"),
     ([*MMR, "data.source={tmp}/numbers.jsonl"], "numbers.jsonl:1"),
     ([*MMR, "data.source={tmp}/binary.jsonl"], "binary.jsonl"),
 ]
