@@ -10,13 +10,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError, safe_load
+from yaml import MarkedYAMLError, YAMLError, safe_load
 
-from distill.errors import UserError, nearest
+from distill.errors import UserError, brief, nearest
+
+VERSION = 1
+"""Format of ``run.yaml``: raised when a program that knows only the one before could not go on with a run."""
+UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What OmegaConf and PyYAML raise for text that they cannot make a config of (``!!int`` alone is an IndexError)."""
+PAIRS = "expected key: value pairs (see configs/demo.yaml)"
+SCALARS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass(kw_only=True)
@@ -202,6 +209,8 @@ class MeasureConfig:
     batch_size: int = 64
     max_new_tokens: int = 0
     """Longest generation (0: as each task says)."""
+    allow_code_execution: bool = False
+    """Whether tasks that run what the model writes (humaneval, mbpp) may do so on this machine."""
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
 
 
@@ -240,6 +249,8 @@ class RunConfig:
     """``embedded``, a model folder, or a hub name."""
     teacher_config: dict[str, Any] = field(default_factory=dict)
     """The teacher's config.json, for planning without it at hand."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the teacher (``auto_map`` in its config.json) may be run."""
     schedule: list[int] = field(default_factory=list)
     """Replaced blocks h after each stage; each stage more than what it starts from."""
     start_from: dict[str, str] = field(default_factory=dict)
@@ -285,17 +296,50 @@ Config = TypeVar("Config", RunConfig, PretrainConfig)
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """Merge the dataclass defaults, a YAML file and ``key=value`` overrides.
 
-    Raises UserError for an unreadable file, an unknown key (naming the nearest), a wrong type or value.
+    Raises UserError for an unreadable file, an unknown key (naming the nearest), a wrong type or value, and for a
+    file that a newer version of this program has written.
     """
+    layer = read_yaml(path)
+    version = layer.pop("version", VERSION)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise UserError(f"{path}: version={version!r} is no version; expected a whole number up to {VERSION}")
+    if version > VERSION:
+        raise UserError(
+            f"{path} was written by a newer distill (version {version}; this one reads up to {VERSION}): "
+            "update distill, or take another run_dir"
+        )
+    return merge_config(kind, [(str(path), layer)], overrides)
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds, interpolations left as they are; UserError where it is none."""
     try:
         loaded = OmegaConf.load(path)
+        if OmegaConf.is_dict(loaded) and loaded:
+            content: Any = OmegaConf.to_container(loaded)
+            return content
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if mark else []
+        tab = mark and mark.line < len(lines) and "\t" in lines[mark.line]
+        hint = " (indent with spaces, not tabs)" if tab else ""
+        problem = brief(", ".join(part for part in (error.context, error.problem) if part))
+        if "max_yaml_expanded_nodes" in problem:
+            problem = "its aliases (*) expand to more than 10000 values: write out what is needed"
+        raise UserError(f"{path}{place} is not YAML: {problem}{hint}") from error
     except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(loaded) or not loaded:
-        raise UserError(f"{path}: expected key: value pairs, found {'nothing' if not loaded else 'a list'}")
-    return merge_config(kind, [(str(path), OmegaConf.to_container(loaded))], overrides)
+        if error.errno is None:  # OmegaConf's way of saying that it found a number or a truth value
+            raise UserError(f"{path}: {PAIRS}, found {brief(error).rpartition(' ')[2]}") from error
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not YAML: it is no text in UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not YAML that can be a config: it is nested too deeply") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not YAML: {brief(error)}") from error
+    found = "nothing" if not loaded else "a list"
+    raise UserError(f"{path}: {PAIRS}, found {found}")
 
 
 def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], overrides: Sequence[str] = ()) -> Config:
@@ -310,9 +354,11 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
             raise UserError(f"expected key=value, got '{text}'")
         try:
             layer = split_colons(OmegaConf.to_container(OmegaConf.from_dotlist([text])))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
-        named.append((f"'{text}'", text.split("=")[0], layer))
+        except UNREADABLE as error:
+            raise UserError(
+                f"'{brief(text)}' cannot be read: {brief(error)}\nput quotes around key=value where it holds spaces"
+            ) from error
+        named.append((f"'{brief(text, 120)}'", text.split("=")[0], layer))
     for where, key, layer in named:
         layer = _fill_list(merged, layer, key)
         _check_keys(kind, layer, where)
@@ -322,17 +368,18 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
                     OmegaConf.update(merged, path, {}, merge=False)
             merged = OmegaConf.merge(merged, layer)
         except (OmegaConfBaseException, TypeError) as error:
-            place = getattr(error, "full_key", None)
+            place = getattr(error, "full_key", None) or key
             reason = str(error).splitlines()[0]
-            if "ListConfig" in reason or "container types" in reason:
-                reason = "expected a list, such as [5]"
-            raise UserError(f"{where}: {f'{place}: ' if place else ''}{reason}") from error
+            said = "" if "AnyNode" in reason or "container types" in reason else f"{reason}; "
+            prefix = f"{where}: {place}: " if place else f"{where}: "
+            raise UserError(f"{prefix}{said}expected {_expected(kind, place)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is missing") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    _check_items(kind, config)
     assert isinstance(config, kind)
     return config
 
@@ -387,6 +434,31 @@ def _mappings(kind: Any, layer: Any, prefix: str = "") -> list[str]:
         elif isinstance(nested, dict) and isinstance(value, dict):
             paths.append(prefix + key)
     return paths
+
+
+def _expected(kind: Any, place: str) -> str:
+    """In words, what a dotted key of ``kind`` takes."""
+    hint = kind
+    for part in re.findall(r"[^.\[\]]+", place):
+        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else (get_args(hint) or (None,))[-1]
+    if is_dataclass(hint):
+        return f"keys and values, such as {{{next(iter(get_type_hints(hint)))}: ...}}"
+    if get_origin(hint) in (list, dict):
+        return "a list, such as [5]" if get_origin(hint) is list else "keys and values, such as {a: 1}"
+    return SCALARS.get(hint, "another type")
+
+
+def _check_items(kind: Any, config: Any, prefix: str = "") -> None:
+    """Refuse lists and mappings whose items have another type than the dataclass says: OmegaConf lets lists pass."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, item_type = getattr(config, name), (get_args(hint) or (Any,))[-1]
+        if is_dataclass(value):
+            _check_items(kind, value, f"{prefix}{name}.")
+        elif item_type in SCALARS:
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if not isinstance(item, item_type):
+                    place = f"{prefix}{name}[{key}]"
+                    raise UserError(f"{place}: {brief(repr(item), 80)} is not {SCALARS[item_type]}")
 
 
 def dump_config(config: RunConfig | PretrainConfig) -> str:

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from distill.errors import UserError
+from distill.errors import UserError, brief
 from distill.storage import DiskFull, checksums, damage, full_disk_named, sync, sync_tree
 
 PACKAGES = ("torch", "transformers", "accelerate", "lm-eval", "numba", "numpy", "trl")
@@ -53,8 +53,34 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; run the step that writes it first") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {brief(error)}") from error
+
+
+def read_record(path: Path, **kinds: Any) -> dict[str, Any]:
+    """The JSON object in ``path``, which must have a value of the right type under each key of ``kinds``
+    (``minutes=float``, ``order=list[int]``).
+
+    Raises UserError where it is missing, torn or has another form, saying how to get it again.
+    """
+    remedy = f"remove {path.parent} and run the step that writes it again"
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}\n{remedy}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is broken: a {type(record).__name__} in place of an object\n{remedy}")
+    for key, kind in kinds.items():
+        value: Any = record.get(key)
+        listed, wanted = get_origin(kind) is list, (get_args(kind) or (kind,))[0]
+        if listed and not isinstance(value, list):
+            raise UserError(f"{path} is broken: no list '{key}'\n{remedy}")
+        for item in value if listed else [value]:
+            if isinstance(item, bool) or not isinstance(item, (int, float) if wanted is float else wanted):
+                raise UserError(
+                    f"{path} is broken: '{key}' has {brief(repr(item), 60)}, no {wanted.__name__}\n{remedy}"
+                )
+    return record
 
 
 def fingerprint(value: Any) -> str:
@@ -118,7 +144,7 @@ class Step:
         """Raise UserError where the step was finished with other inputs, saying which."""
         if not self.done:
             return
-        record = read_json(self.folder / "step.json")
+        record = read_record(self.folder / "step.json", fingerprint=str)
         if record.get("fingerprint") == self.fingerprint:
             return
         changed = differences(record.get("inputs"), self.inputs)

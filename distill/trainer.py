@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distill import interrupt
-from distill.checkpoints import newest_good, prune, seal
+from distill.checkpoints import checkpoints_of, newest_good, prune, seal
 from distill.config import TrainConfig
 from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
@@ -280,17 +280,28 @@ def fit(
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stop at the first loss that is NaN or infinite, naming the step and what to change (``key``: train or sft)."""
+    """Stop at the first loss or gradient that is NaN or infinite, naming the step, its rows of the data, and what to
+    change (``key``: train or sft). A checkpoint is written only after this look at its step."""
 
     def __init__(self, key: str = "train") -> None:
         self.key = key
 
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
-            raise UserError(
-                f"the loss became {logs['loss']} at step {state.global_step}: lower {self.key}.learning_rate or "
-                f"raise {self.key}.warmup_steps; checkpoints written before are kept"
-            )
+        found = {name: logs[name] for name in ("loss", "grad_norm") if logs and logs.get(name) is not None}
+        if all(torch.isfinite(torch.tensor(value)) for value in found.values()):
+            return
+        what = "loss" if not torch.isfinite(torch.tensor(found.get("loss", 0.0))) else "grad_norm"
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        last = next(iter(checkpoints_of(Path(str(args.output_dir))).values()), None)
+        raise UserError(
+            f"the {what} became {found[what]} at step {state.global_step}: lower {self.key}.learning_rate or raise "
+            f"{self.key}.warmup_steps, or look at the step's data (rows {(state.global_step - 1) * rows} to "
+            f"{state.global_step * rows - 1}, from 0)\n"
+            f"checkpoints written before are kept{f', the last is {last}' if last else ' (there are none yet)'}"
+        )
 
 
 def _objective(

@@ -9,9 +9,10 @@ from typing import Any
 
 from distill.config import DataConfig, Origin, RunConfig
 from distill.data.mixture import load_data
-from distill.errors import UserError
+from distill.errors import UserError, choose
+from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
-from distill.records import Step, read_json
+from distill.records import Step, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
@@ -56,7 +57,20 @@ class Context:
             return start.path or self.config.teacher, list(start.mixers) or [ATTENTION] * stage.num_blocks
         source = self.stages[start.stage]
         model = need(self.checkpoint(source, start.step), "train")
-        return str(model), read_json(self.folder(source, "place") / "placement.json")["mixers"]
+        return str(model), self.placement(source)["mixers"]
+
+    def placement(self, stage: Stage) -> dict[str, Any]:
+        """What ``place`` wrote: ``mixers`` (the mixer of every block) and ``added``; UserError for a broken record."""
+        file = self.folder(stage, "place") / "placement.json"
+        record = read_record(file, mixers=list[str], added=list[int])
+        if len(record["mixers"]) != stage.num_blocks:
+            raise UserError(
+                f"{file} is broken: {len(record['mixers'])} mixers for {stage.num_blocks} blocks\n"
+                f"remove {file.parent} and run 'distill place' again"
+            )
+        for mixer in set(record["mixers"]) - {ATTENTION}:
+            choose(f"mixer in {file}:", mixer, available())
+        return record
 
     @property
     def sft_source(self) -> DataConfig:
@@ -91,7 +105,7 @@ class Context:
         if not config.data.mixture:
             data.pop("mixture")
         data["content"] = self.data
-        measure = asdict(config.measure)
+        measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         ends: list[dict[str, str]] = []  # the training of every stage
         for stage in self.stages:
@@ -144,7 +158,7 @@ class Context:
         inputs = {
             "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
             "merge": {"alpha": sft.alpha},
-            "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
+            "measure": {**base, "measure": self.measured(), "kernels": config.kernels},
         }
         trained = self.step(stage, "train")
         tuned_model = self.tuned_folder(stage, "train")
@@ -163,6 +177,10 @@ class Context:
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""
         return {"threads": self.threads, "kernels": self.config.kernels}
+
+    def measured(self) -> dict[str, Any]:
+        """What of the config decides what is measured (consent to run code changes no figure)."""
+        return {key: value for key, value in asdict(self.config.measure).items() if key != "allow_code_execution"}
 
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""

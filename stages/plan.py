@@ -26,7 +26,7 @@ from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
-from distill.teacher import load_tokenizer
+from distill.teacher import load_tokenizer, trust_code
 from stages.common import say
 from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.targets import read_config
@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
 def teacher_config(config: RunConfig) -> Any:
     """The teacher's config: the one written out in ours, or the teacher's own."""
     if not config.teacher_config:
+        trust_code(config.teacher, config.trust_remote_code)
         result = load_model_config(config.teacher)
         check_teacher(result)
         return result

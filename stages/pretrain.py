@@ -26,11 +26,13 @@ from distill.errors import UserError
 from distill.lock import hold
 from distill.records import differences, read_json, write_json, write_text
 from distill.storage import full_disk_named, sync, sync_tree
-from distill.teacher import load_model, load_tokenizer
+from distill.teacher import check_files, load_model, load_tokenizer
+from distill.teacher import load_config as load_model_config
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
+from eval.wellformed import problem
 from stages.common import say, set_threads
-from stages.targets import config_path
+from stages.targets import check_pretrain, config_path
 
 
 def main(args: argparse.Namespace) -> int:
@@ -44,8 +46,12 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises UserError where the data cannot be had, or the folder holds a model of another recipe.
     """
+    check_pretrain(config)
     check_data(config.data, build_tokenizer)
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
+    if config.start and not (output / "model.safetensors").is_file():
+        load_model_config(config.start, convertible=False)
+        check_files(config.start)
     settle_recipe(config, output)
     if (output / "model.safetensors").is_file():
         say(f"{output} holds the trained model: nothing is trained")
@@ -111,6 +117,7 @@ def score(output: Path) -> accuracy.Scores:
         scores = accuracy.evaluate(model, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100)
         write_json(path, scores.record)
     record: Any = read_json(path)
-    if not isinstance(record, dict) or record.keys() != {"accuracy", "by_distance"}:
+    known = isinstance(record, dict) and record.keys() == {"accuracy", "by_distance"}
+    if not known or problem("measure", {**record, "throughput": []}):
         raise UserError(f"{path} is in another form: remove it, and the same command measures again")
     return accuracy.Scores(record["accuracy"], record["by_distance"])

@@ -23,7 +23,7 @@ from distill.mixers import set_kernels
 from distill.placement import tuned_name
 from distill.posttrain.merge import merge as average
 from distill.posttrain.sft import fine_tune
-from distill.records import Step, read_json, write_json
+from distill.records import Step, read_record, write_json
 from distill.schedule import Stage
 from distill.storage import new_folder
 from distill.teacher import load_model, load_tokenizer
@@ -32,7 +32,7 @@ from eval.report import table, write_report
 from stages import measure as measuring
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say
 from stages.context import Context, need
-from stages.lineage import lineage_tokens
+from stages.lineage import lineage_tokens, recorded
 
 LOSS = "cross_entropy"
 
@@ -121,10 +121,9 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     with new_folder(folder / "checkpoint") as partly:
         model.save_pretrained(partly)
         tokenizer.save_pretrained(partly)
-        lineage = context.checkpoint(stage) / "lineage.json"
-        if lineage.is_file():
+        if (context.checkpoint(stage) / "lineage.json").is_file():
             entry = {"name": name, "tokens": tokens, "steps": sft.steps}
-            write_json(partly / "lineage.json", [*read_json(lineage), entry])
+            write_json(partly / "lineage.json", [*recorded(context.checkpoint(stage)), entry])
     losses = {"eval_loss_start": start, "eval_loss_end": end}
     spent = {"steps": sft.steps, "tokens": tokens, "minutes": round(minutes, 3)}
     write_json(folder / "train.json", {**spent, "loss": LOSS, **losses, "data": counts_record(data, rows)})
@@ -140,7 +139,7 @@ def merge(context: Context, stage: Stage, folder: Path) -> None:
     heldout = held_out(context, load_tokenizer(context.config.teacher))
     loss = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     write_json(folder / "merge.json", {"alpha": sft.alpha, "eval_loss": loss})
-    losses = read_json(tuned / "train.json")
+    losses = read_record(tuned / "train.json", eval_loss_end=float, eval_loss_start=float)
     say(
         f"{tuned_name(stage.name)}: {sft.alpha:g} * SFT + {1 - sft.alpha:g} * {stage.name}; held-out {LOSS} "
         f"{losses['eval_loss_end']:.4f} (SFT), {losses['eval_loss_start']:.4f} ({stage.name}), {loss:.4f} (merged)"
@@ -149,7 +148,7 @@ def merge(context: Context, stage: Stage, folder: Path) -> None:
 
 def measure(context: Context, stage: Stage, folder: Path) -> None:
     begin(context, stage, 6)
-    train = read_json(context.tuned_folder(stage, "train") / "train.json")
+    train = read_record(context.tuned_folder(stage, "train") / "train.json", tokens=int, minutes=float)
     spent = {
         "tokens": lineage_tokens(context.config, context.stages, stage) + train["tokens"],
         "minutes": train["minutes"],

@@ -31,8 +31,8 @@ from distill.data.sample import Completion, Question, Sampling, Sieve, render, s
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError, choose, nearest
 from distill.lock import hold
-from distill.records import differences, provenance, read_json, write_json, write_text
-from distill.teacher import DTYPES, load_model, load_tokenizer
+from distill.records import differences, provenance, read_record, write_json, write_text
+from distill.teacher import DTYPES, load_model, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
 from stages import show
 from stages.common import say, set_threads
@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
     if files.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: give a file")
     prompts = load_prompts(args.prompts, args.limit, args.seed, files)
+    trust_code(args.teacher, args.trust_remote_code)
     teacher = load_model_config(args.teacher, convertible=False)
     source = source_identity(Origin(source=args.prompts))
     drawn = {
@@ -146,7 +147,7 @@ def is_done(files: Files, settings: dict[str, Any], force: bool) -> bool:
         raise UserError(f"{files.output} is there, and not of this command's making: give another --output")
     if force:
         return False
-    refuse_other(files.output, read_json(files.record)["settings"], settings)
+    refuse_other(files.output, read_record(files.record, settings=dict)["settings"], settings)
     return True
 
 

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.checkpoints",
         "distill.interrupt",
         "distill.lock",
+        "distill.weights",
     ),  # F0
     (
         "distill.ops",
@@ -40,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distill.teacher",),
     ("distill.trainer",),  # F5
     ("distill.importance", "distill.importance.*", "distill.posttrain", "distill.posttrain.*"),
-    ("eval", "eval.backends", "eval.backends.*"),
+    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
     (
         "eval.accuracy",
         "eval.loglikelihood",
@@ -56,6 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages",
         "stages.common",
         "stages.context",
+        "stages.failures",
         "stages.identity",
         "stages.lineage",
         "stages.targets",
