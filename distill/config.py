@@ -440,7 +440,10 @@ def _expected(kind: Any, place: str) -> str:
     """In words, what a dotted key of ``kind`` takes."""
     hint = kind
     for part in re.findall(r"[^.\[\]]+", place):
-        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else (get_args(hint) or (None,))[-1]
+        below = get_type_hints(hint).get(part) if is_dataclass(hint) else (get_args(hint) or (None,))[-1]
+        if below is None:  # deeper than there is anything: what was to be there is said of the place above
+            break
+        hint = below
     if is_dataclass(hint):
         return f"keys and values, such as {{{next(iter(get_type_hints(hint)))}: ...}}"
     if get_origin(hint) in (list, dict):

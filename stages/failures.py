@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 
 from distill.errors import UserError, brief, out_of_memory
@@ -66,9 +65,6 @@ def _explained(verb: str, error: Exception) -> str | None:
             f"not to be had from the network, nor from the cache: {brief(error)}\n"
             "check the name and the connection; where there is none, download it before (HF_HOME says where to)"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"the disk is full{where}: {error.strerror}; make room, then the same command continues"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror or brief(error)}: {brief(str(error.filename))}; what is finished stands"
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):

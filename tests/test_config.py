@@ -247,7 +247,7 @@ def test_one_source_of_a_mixture_can_be_changed(tmp_path: Path) -> None:
         "data.mixture.0.wieght=1": r"unknown key 'data\.mixture\[0\]\.wieght' \(did you mean 'weight'\?\)",
         "data.mixture.0.weight=heavy": "heavy",
         "data.mixture.0=5": r"data\.mixture\[0\]: expected \{source",
-        "schedule.0.x=1": "expected a list",
+        "schedule.0.x=1": "expected a whole number",
     }.items():
         with pytest.raises(UserError, match=message):
             load_config(RunConfig, path, [text])

@@ -112,6 +112,12 @@ def run(*changes: Callable[[Path], Any]) -> Callable[[Path, Path], None]:
     return make
 
 
+def unsealed(run: Path) -> None:
+    """Takes the checksums from a run, as versions without them left it: what its records hold is then looked at."""
+    for file in run.rglob("step.json"):
+        keys("step.json", files=None)(file.parent)
+
+
 def keys(file: str = "config.json", **values: Any) -> Callable[[Path], None]:
     """Sets keys of a JSON file (None: removes them)."""
 
@@ -189,9 +195,15 @@ def flipped(content: bytes) -> bytes:
     return content[:20] + bytes([content[20] ^ 0x10]) + content[21:]
 
 
+def last_bit(content: bytes) -> bytes:
+    """A bit of the last tensor is another."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
 CHAT = {"messages": [{"role": "user", "content": "add 1+1"}, {"role": "assistant", "content": "2"}]}
 FIRST = "stages/01-H1-1"
 SECOND = "stages/02-H1-2"
+TRAINED = f"{FIRST}/train/checkpoint"
 PLACEMENT = f"{FIRST}/place/placement.json"
 BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     # configs
@@ -257,7 +269,6 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "malformed.jsonl": rows(CHAT, '{"messages": ', CHAT),
     "columns.jsonl": rows({"question": "a", "reply": "b"}),
     "no_target.jsonl": rows(CHAT, {"messages": CHAT["messages"][:1]}),
-    "only_answer.jsonl": rows(CHAT, {"messages": CHAT["messages"][1:]}),
     "numbers.jsonl": rows({"prompt": 1, "completion": 2}),
     "one.jsonl": rows(CHAT),
     "binary.jsonl": text(bytes(range(128, 256))),
@@ -272,13 +283,15 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "list_step": run(write(f"{FIRST}/score/step.json", "[]")),
     "no_train": run(remove(f"{FIRST}/train")),
     "no_score": run(remove(f"{FIRST}/score", f"{FIRST}/place")),
-    "torn_scores": run(remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", "{")),
-    "no_order": run(remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", "{}")),
-    "odd_order": run(remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", '{"order": [77]}')),
-    "odd_mixer": run(remove(f"{FIRST}/swap"), keys(PLACEMENT, mixers=["../evil", "attention", "attention"])),
-    "few_mixers": run(remove(f"{FIRST}/swap"), keys(PLACEMENT, mixers=["mamba1"])),
-    "torn_weights": run(remove(f"{FIRST}/measure"), write(f"{FIRST}/train/checkpoint/model.safetensors", "torn")),
-    "no_checkpoint": run(remove(f"{SECOND}/swap", f"{FIRST}/train/checkpoint")),
+    "torn_sealed": run(remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", "{")),
+    "flipped_sealed": run(remove(f"{FIRST}/measure"), lambda run: bytes_of(last_bit)(run / TRAINED)),
+    "torn_scores": run(unsealed, remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", "{")),
+    "no_order": run(unsealed, remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", "{}")),
+    "odd_order": run(unsealed, remove(f"{FIRST}/place"), write(f"{FIRST}/score/scores.json", '{"order": [77]}')),
+    "odd_mixer": run(unsealed, remove(f"{FIRST}/swap"), keys(PLACEMENT, mixers=["../evil", "attention", "attention"])),
+    "few_mixers": run(unsealed, remove(f"{FIRST}/swap"), keys(PLACEMENT, mixers=["mamba1"])),
+    "torn_weights": run(unsealed, remove(f"{FIRST}/measure"), write(f"{TRAINED}/model.safetensors", "torn")),
+    "no_checkpoint": run(unsealed, remove(f"{SECOND}/swap", f"{FIRST}/train/checkpoint")),
     "torn_measure": run(write("teacher/measure.json", "{")),
     "odd_measure": run(keys("teacher/measure.json", accuracy=[{"task": 1, "kind": "generative", "value": "x"}])),
     "odd_log": run(write(f"{FIRST}/train/log.jsonl", '{"step": 1, "loss": "x"}\n{"step": 2}\n')),
