@@ -180,6 +180,7 @@ TEACHERS = [
     ([*TINY, "teacher={tmp}/no_tokenizer"], "has no tokenizer"),
     ([*TINY, "teacher={tmp}/broken_tokenizer"], "cannot load the tokenizer"),
     ([*TINY, "teacher={tmp}/few_embeddings"], "tokenizer of another model"),
+    ([*TINY, "measure.max_new_tokens=2048"], "no room for a question in the teacher's 2048 positions"),
     ([*TINY, "teacher={tmp}/no_end"], "names no end token"),
     ([*TINY, "teacher={tmp}/no_template"], "no chat template"),
     ([*TINY, "teacher={tmp}/broken_template"], "cannot render a chat"),
