@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -113,7 +113,6 @@ def turns(*said: str, **last: str) -> list[dict[str, Any]]:
 words = st.text("abc123 +", min_size=1, max_size=8)
 
 
-@settings(deadline=None)  # the first example compiles the template
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=4), st.sampled_from([LOOP, TAGGED, None]))
 def test_every_assistant_turn_and_nothing_else(pairs: list[tuple[str, str]], template: str | None) -> None:
     """With tags or without; ``completion`` is the last of them, and ``all`` has the same tokens."""
