@@ -77,6 +77,12 @@ def open_run(
         check_data(config.data, lambda: load_tokenizer(config.teacher))
         tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
         check_tasks(tasks, allow_code=config.measure.allow_code_execution)
+        window = getattr(model, "max_position_embeddings", None) or float("inf")
+        if config.measure.max_new_tokens >= window:
+            raise UserError(
+                f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
+                f"teacher's {window} positions (max_position_embeddings): it must be below that"
+            )
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)
     folders = {stage.start.path for stage in stages} - {""}

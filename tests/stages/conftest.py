@@ -261,6 +261,7 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "no_tokenizer": teacher(remove("tokenizer.json", "tokenizer_config.json")),
     "broken_tokenizer": teacher(write("tokenizer.json", '{"model": 1}')),
     "few_embeddings": teacher(keys(vocab_size=20), tensors(fewer_embeddings)),
+    "no_end": teacher(keys("tokenizer_config.json", eos_token=None)),
     "no_template": teacher(remove("chat_template.jinja")),
     "broken_template": teacher(write("chat_template.jinja", "{% for m in messages %}")),
     "evil_template": teacher(write("chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}")),
