@@ -111,7 +111,7 @@ def test_a_run_of_an_earlier_version_is_taken_as_it_is(done: Path, tmp_path: Pat
         assert not later & {key for part in record["inputs"].values() if isinstance(part, dict) for key in part}
         file.write_text(json.dumps(record))
     lines = (run / "run.yaml").read_text().splitlines(keepends=True)
-    dropped = tuple(f"  {key}:" for key in later) + ("version:",)
+    dropped = ("version:", *(f"  {key}:" for key in later))
     (run / "run.yaml").write_text("".join(line for line in lines if not line.startswith(dropped)))
     assert main(["run", str(run)]) == 0
     assert capsys.readouterr().out.count("is done already") == 10
