@@ -116,6 +116,8 @@ class MixerConfig:
     """``default`` (random) or ``identity`` (the gate starts at about 1)."""
     conv_init: str = "default"
     """``default`` (random) or ``identity`` (the convolution starts as a pass-through)."""
+    bc_norm: bool | None = None
+    """RMSNorm per head on B and C; by default where the teacher has such norms on k and q (Qwen3), from theirs."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distill.errors import UserError
+from distill.hybrid.model import head_input
 from distill.hybrid.surgery import check_convertible
 
 EMBEDDED = "embedded"
@@ -78,7 +79,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 class Teacher:
-    """A frozen model: ``hidden(batch)`` gives final hidden states [B, T, E], ``head`` the LM head."""
+    """A frozen model: ``hidden(batch)`` gives what ``head``, the LM head, makes its logits of, [B, T, E]."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -90,7 +91,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Final hidden states [B, T, E] of packed rows (no cache: it would join the documents)."""
-        return self.model.model(**inputs, use_cache=False).last_hidden_state
+        return head_input(self.model, self.model.model(**inputs, use_cache=False).last_hidden_state)
 
 
 class RememberingTeacher(Teacher):

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from distill.errors import UserError
+from distill.hybrid.model import head_input
 from eval.accuracy import bars_on_a_terminal_only, task_manager
 
 
@@ -92,7 +93,7 @@ class Requests:
         for row, r in enumerate(batch):
             keep[row, len(r.ids) - r.targets - 1 : len(r.ids) - 1] = True
         keep = keep.to(model.device)
-        logits = model.lm_head(hidden[keep]).float()
+        logits = model.lm_head(head_input(model, hidden[keep])).float()
         targets = ids[:, 1:][keep[:, :-1]]
         values = log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1).cpu()
         return [float(part.double().sum()) for part in values.split([r.targets for r in batch])]

@@ -14,7 +14,7 @@ from transformers import set_seed
 from distill.config import RunConfig, dump_config, load_config
 from distill.data.mixture import check_data
 from distill.errors import UserError
-from distill.hybrid.surgery import hybrid_config
+from distill.hybrid.surgery import check_teacher, hybrid_config
 from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, dependents, forget, write_text
 from distill.schedule import Stage
@@ -60,6 +60,7 @@ def open_run(
         config.threads = load_config(RunConfig, existing).threads
     threads = set_threads(config.threads)
     model = load_model_config(config.teacher)
+    check_teacher(model)
     stages = stages_of(config, model)
     first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
     hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape

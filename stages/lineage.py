@@ -12,6 +12,7 @@ from typing import Any
 
 from distill.config import RunConfig
 from distill.errors import UserError, choose
+from distill.hybrid.config import head_dim
 from distill.hybrid.surgery import check_options
 from distill.mixers import ATTENTION, available
 from distill.records import read_json
@@ -52,8 +53,9 @@ def _check_hybrid(config: RunConfig, stage: Stage, teacher: Any) -> None:
     if theirs.model_type.removeprefix("hybrid_") != teacher.model_type:
         raise UserError(f"{where}: a {theirs.model_type}; the teacher is a {teacher.model_type}")
     for key in SHAPE:
-        if getattr(theirs, key) != getattr(teacher, key):
-            raise UserError(f"{where}: its {key} is {getattr(theirs, key)}; the teacher's is {getattr(teacher, key)}")
+        hybrids, teachers = (head_dim(c) if key == "head_dim" else getattr(c, key) for c in (theirs, teacher))
+        if hybrids != teachers:
+            raise UserError(f"{where}: its {key} is {hybrids}; the teacher's is {teachers}")
     try:
         check_options(theirs, config.mixer)
     except UserError as error:

@@ -19,8 +19,9 @@ from transformers import AutoConfig
 from distill.config import RunConfig
 from distill.data.mixture import describe
 from distill.errors import UserError
+from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
-from distill.hybrid.surgery import check_convertible, hybrid_config
+from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
 from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
@@ -53,13 +54,15 @@ def main(args: argparse.Namespace) -> int:
 def teacher_config(config: RunConfig) -> Any:
     """The teacher's config: the one written out in ours, or the teacher's own."""
     if not config.teacher_config:
-        return load_model_config(config.teacher)
+        result = load_model_config(config.teacher)
+        check_teacher(result)
+        return result
     keys = dict(config.teacher_config)
     try:
         result = AutoConfig.for_model(keys.pop("model_type", "llama"), **keys)
     except Exception as error:  # transformers' validators raise errors of many kinds; each means a bad key
         raise UserError(f"teacher_config is no model config: {' '.join(str(error).split())[:200]}") from error
-    check_convertible(result)
+    check_teacher(result)
     return result
 
 
@@ -119,7 +122,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     blocks = teacher.num_hidden_layers
     lines = [
         f"teacher   {config.teacher}: {blocks} blocks, hidden {teacher.hidden_size}, "
-        f"{teacher.num_attention_heads} query / {teacher.num_key_value_heads} key-value heads of {teacher.head_dim}, "
+        f"{teacher.num_attention_heads} query / {teacher.num_key_value_heads} key-value heads of {head_dim(teacher)}, "
         f"{size.total / 1e6:,.1f} M parameters",
         f"mixer     {config.mixer.name} from {config.mixer.init} ({config.mixer.mil_layout}): a block's attention of "
         f"{size.attention / 1e6:,.2f} M parameters becomes {size.mixer / 1e6:,.2f} M",

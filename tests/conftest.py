@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.config import MixerConfig
+from distill.data.families import FAMILIES as QUESTIONS
+from distill.data.families import draw
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.data.traces import EmbeddedTraces
 from distill.hybrid.surgery import hybridize
@@ -29,6 +35,20 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 4,
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.75,  # no power of two, so that a place that forgets it shows
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": False, "sliding_window": 16},
+}
+"""What the tiny model of each family has beside SHAPE."""
 MIXERS = ["mamba1", "attention", "attention", "mamba1"]
 
 
@@ -52,34 +72,125 @@ def llama(make_llama: Callable[..., Any]) -> Any:
     return make_llama()
 
 
-@pytest.fixture
-def mistral() -> Any:
-    """A tiny Mistral without a sliding window, embeddings not tied."""
-    keys = {**SHAPE, "tie_word_embeddings": False, "sliding_window": None}
-    return _random(lambda: MistralForCausalLM(MistralConfig(**keys)))
+def random_model(family: str, **keys: Any) -> Any:
+    """A random model of a family; also what starts at zero or one is away from there (biases, norms).
+
+    ``head_dim=None`` leaves it to the family.
+    """
+    dropped = {"head_dim"} if keys.get("head_dim", 1) is None else set()
+
+    def make() -> Any:
+        every = {**SHAPE, **FAMILIES[family], **keys}
+        config = AutoConfig.for_model(family, **{key: every[key] for key in every if key not in dropped})
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or ("self_attn" in name and "norm" in name):
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        return model
+
+    return _random(make)
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """``make_model(family, **keys)``: ``random_model``."""
+    return random_model
+
+
+@pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> Any:
-    """Both families in turn."""
-    return request.getfixturevalue(request.param)
+    """A model of every family in turn."""
+    return random_model(request.param)
 
 
 @pytest.fixture
-def hybrid(llama: Any) -> Any:
-    """H1-2/4 of the Llama: the first and the last block have mamba1."""
-    return hybridize(llama, MIXERS, MixerConfig(), seed=0)
+def hybrid(request: pytest.FixtureRequest, llama: Any) -> Any:
+    """H1-2/4 of the Llama, or of the family that a test names: the first and the last block have mamba1."""
+    teacher = random_model(request.param) if hasattr(request, "param") else llama
+    return hybridize(teacher, MIXERS, MixerConfig(), seed=0)
 
 
 @pytest.fixture
 def hybrid_family(family: Any) -> Any:
-    """H1-2/4 of both families in turn."""
+    """H1-2/4 of every family in turn."""
     return hybridize(family, MIXERS, MixerConfig(), seed=0)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return build_tokenizer()
+
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+KINDS = ("byte_level", "metaspace", "prepend", "unigram")
+
+
+def train_tokenizer(kind: str) -> Any:
+    """A tokenizer of about 400 pieces trained on the embedded questions, of a kind that real teachers have.
+
+    ``byte_level``: BPE on bytes (Llama 3, Qwen, SmolLM). ``metaspace``, ``prepend``: BPE on words that begin with
+    U+2581 and unknown characters as bytes, as Mistral and as Llama 2 are written down. ``unigram``: SentencePiece's
+    other model. All but the first put a BOS before a text unless told not to.
+    """
+    rng = random.Random(0)
+    texts = [
+        draw(name, rng, held_out=False).messages[turn]["content"]
+        for name in QUESTIONS
+        for _ in range(80)
+        for turn in (0, 1)
+    ]
+    special = ["<s>", "</s>", "<unk>"]
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    core = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
+    trainer: Any = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    if kind == "byte_level":
+        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        metaspace = [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+        core.decoder = decoders.Sequence(metaspace)
+    if kind == "prepend":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    elif kind != "byte_level":
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if kind == "metaspace" else "always")
+    if kind == "unigram":
+        trainer = trainers.UnigramTrainer(
+            vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    core.train_from_iterator(texts, trainer)
+    if kind in ("metaspace", "prepend"):  # the trainer knows no byte pieces: they are put behind what it found
+        state = json.loads(core.to_str())
+        vocabulary = state["model"]["vocab"]
+        vocabulary.update({piece: len(vocabulary) + i for i, piece in enumerate(bytes_)})
+        state["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+        core = Tokenizer.from_str(json.dumps(state))
+    if kind != "byte_level":
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1 << 20,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[str], Any]:
+    """``make_tokenizer(kind)``: ``train_tokenizer``, trained once."""
+    return cache(train_tokenizer)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.config import MixerConfig, TrainConfig
 from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
 from distill.hybrid.surgery import hybridize
+from distill.losses import distillation_loss
 from distill.teacher import RememberingTeacher, Teacher
 from distill.trainer import DistillTrainer, LanguageTrainer, fit, heldout_loss, training_arguments
 
@@ -107,7 +109,9 @@ def test_every_parameter_is_trained_and_the_teacher_is_not(llama: Any, traces: T
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
 
 
-def test_heldout_loss_is_the_mean_over_valid_targets(llama: Any, hybrid: Any, traces: Traces) -> None:
+def test_heldout_loss_is_the_mean_over_valid_targets(family: Any, hybrid_family: Any, traces: Traces) -> None:
+    """As computed from each family's own logits: what Granite does to its logits is in ours too."""
+    llama, hybrid = family, hybrid_family
     rows = traces(6, held_out=True)
     batch = collate([rows[i] for i in range(6)])
     labels = batch.pop("labels")
@@ -119,6 +123,32 @@ def test_heldout_loss_is_the_mean_over_valid_targets(llama: Any, hybrid: Any, tr
     assert hybrid.training, "the mode is given back"
     nothing_swapped = hybridize(llama, ["attention"] * 4, MixerConfig())
     assert heldout_loss(nothing_swapped, Teacher(llama), rows, 4, "reverse_kl", 1.0) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("name", ["granite", "qwen3"])
+def test_loss_and_gradients_are_those_of_the_models_own_logits(
+    make_model: Callable[..., Any], name: str, loss: str, traces: Traces
+) -> None:
+    """In chunks from the hidden states, over a vocabulary padded beyond the tokenizer's."""
+    teacher = make_model(name, vocab_size=83).double()
+    student = hybridize(teacher, PLACEMENT, MixerConfig(), seed=0).double().train()
+    batch = collate([traces(4)[i] for i in range(4)])
+    labels = batch.pop("labels")
+    frozen = Teacher(teacher)
+    objective = partial(
+        distillation_loss, loss, teacher_hidden=frozen.hidden(batch), teacher_head=frozen.head, labels=labels
+    )
+    ours = student(**batch, use_cache=False, objective=objective).loss
+    parameters = list(student.parameters())
+    gradients = torch.autograd.grad(ours, parameters)
+    keep = labels[:, 1:] != IGNORE
+    log_q, log_p = (log_softmax(m(**batch, use_cache=False).logits, -1)[:, :-1][keep] for m in (student, teacher))
+    p, q = (log_p, log_q) if loss == "forward_kl" else (log_q, log_p)
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-9)
+    for own, other in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-9)
 
 
 def test_micro_batches_make_no_difference(llama: Any, traces: Traces, tmp_path: Path) -> None:

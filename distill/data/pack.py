@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from distill.data.boundary import continuation
 from distill.errors import UserError
 
 IGNORE = -100  # label of a token that is not a target
@@ -74,7 +75,7 @@ def encode_texts(
     documents: list[Document] = []
     for row, head, prompt, whole in zip(ids, heads, prompts, wholes, strict=True):
         if row[: len(head)] != head:
-            row = head + tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+            row = head + continuation(tokenizer, whole[len(prompt) :])
         documents.append(Document(row, len(head) if mask == "completion" else 1))
     return documents
 

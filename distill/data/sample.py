@@ -15,6 +15,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
+from distill.data.boundary import beyond
 from distill.data.prompts import Prompt, is_correct, key_of
 from distill.errors import UserError
 
@@ -124,7 +125,8 @@ def sample(
 ) -> list[Completion]:
     """One completion of each of B prompts (token ids), which depend on (``sampling.seed``, ``batch``) alone.
 
-    The batch [B, P] is padded on the left. The model's own generation defaults are not used, its end tokens are.
+    The batch [B, P] is padded on the left. The model's own generation defaults are not used, its end tokens are. Ids
+    that the tokenizer does not know (a vocabulary padded beyond it) are never drawn.
     """
     ends = end_tokens(model, tokenizer)
     width = max(len(ids) for ids in prompts)
@@ -139,6 +141,7 @@ def sample(
         eos_token_id=ends,
         pad_token_id=ends[0],
         use_cache=True,
+        suppress_tokens=beyond(tokenizer, model.config.get_text_config().vocab_size) or None,
         **(drawn if sampling.temperature else {"do_sample": False}),
     )
     own, model.generation_config = model.generation_config, config  # generate fills gaps from the model's own

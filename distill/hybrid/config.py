@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig
-
 from distill.config import MixerConfig
 from distill.errors import UserError
 from distill.mixers import ATTENTION, mixer_class
 
-MIXER_KEYS = ("d_state", "d_conv", "mil_layout", "z_init", "conv_init")
+MIXER_KEYS = ("d_state", "d_conv", "mil_layout", "z_init", "conv_init", "bc_norm")
 
 
 def mixer_options(config: MixerConfig) -> dict[str, Any]:
@@ -21,12 +19,33 @@ def mixer_options(config: MixerConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in MIXER_KEYS}
 
 
-class HybridConfigMixin:
-    """Adds ``mixers`` (a mixer name per block) and ``mixer_config`` to a family's config."""
+def head_dim(config: Any) -> int:
+    """Channels of an attention head: as the config says, or hidden size / heads where a family leaves that open."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
+
+class HybridConfigMixin:
+    """Adds ``mixers`` (a mixer name per block) and ``mixer_config`` to a family's config.
+
+    ``qkv_bias``: q, k and v have biases, o has none, without a key that says so (Qwen2). ``qk_norm``: q and k have
+    norms per head (Qwen3), which a mixer then keeps unless ``mixer_config["bc_norm"]`` says otherwise.
+    """
+
+    qkv_bias = False
+    qk_norm = False
     mixers: list[str] | None
     mixer_config: dict[str, Any] | None
     num_hidden_layers: int
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.mixer_config = self.resolved({**mixer_options(MixerConfig()), **(self.mixer_config or {})})
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.head_dim = head_dim(self)
+
+    @classmethod
+    def resolved(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Mixer options with those filled in that follow from the family."""
+        return {**options, "bc_norm": cls.qk_norm if options["bc_norm"] is None else options["bc_norm"]}
 
     @property
     def layer_types(self) -> list[str]:
@@ -35,6 +54,10 @@ class HybridConfigMixin:
             "full_attention" if mixer == ATTENTION else "linear_attention"
             for mixer in self.mixers or [ATTENTION] * self.num_hidden_layers
         ]
+
+    @layer_types.setter
+    def layer_types(self, value: Any) -> None:
+        """Some families have a key of this name; here it always follows from ``mixers``."""
 
     def check_mixers(self) -> None:
         """Raise UserError where the placement has the wrong length or a mixer does not fit the shapes."""
@@ -47,25 +70,18 @@ class HybridConfigMixin:
             mixer_class(name).check(self)
 
 
-class HybridLlamaConfig(HybridConfigMixin, LlamaConfig):
-    """Llama with replaced mixers."""
+def hybrid_config_class(teacher: Any, **traits: bool) -> Any:
+    """The hybrid config of a family whose own is ``teacher``: ``hybrid_llama`` of ``llama``.
 
-    model_type = "hybrid_llama"
-    mixers: list[str] | None = None
-    mixer_config: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.mixer_config = {**mixer_options(MixerConfig()), **(self.mixer_config or {})}
-        super().__post_init__(**kwargs)
-
-
-class HybridMistralConfig(HybridConfigMixin, MistralConfig):
-    """Mistral (without a sliding window) with replaced mixers."""
-
-    model_type = "hybrid_mistral"
-    mixers: list[str] | None = None
-    mixer_config: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.mixer_config = {**mixer_options(MixerConfig()), **(self.mixer_config or {})}
-        super().__post_init__(**kwargs)
+    ``traits`` are the attributes of ``HybridConfigMixin`` in which the family differs.
+    """
+    keys = {
+        "__module__": __name__,
+        "__doc__": f"{teacher.__name__} with replaced mixers.",
+        "__annotations__": {"mixers": list[str] | None, "mixer_config": dict[str, Any] | None},
+        "model_type": f"hybrid_{teacher.model_type}",
+        "mixers": None,
+        "mixer_config": None,
+        **traits,
+    }
+    return type(f"Hybrid{teacher.__name__}", (HybridConfigMixin, teacher), keys)

@@ -8,24 +8,81 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distill.config import MixerConfig
 from distill.errors import UserError
-from distill.hybrid.config import mixer_options
+from distill.hybrid.config import HybridConfigMixin, mixer_options
 from distill.hybrid.model import FAMILIES
 from distill.init import initialiser
 from distill.mixers import ATTENTION
 from distill.placement import replaced_blocks
 
+ENCODERS = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+
+
+def obstacles(config: Any) -> list[str]:
+    """Why no hybrid can be made of a model with this (transformers) config: its traits that surgery knows no way
+    around; empty where there are none."""
+    if config.is_encoder_decoder:
+        return ["an encoder-decoder, whose attention also looks at an encoder"]
+    text = config.get_text_config()
+    if text.is_heterogeneous:  # and most keys cannot be asked for
+        return ["blocks that differ from each other (per_layer_config)"]
+    given = lambda *names: next((name for name in names if getattr(text, name, None)), None)  # noqa: E731
+    layers = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None)
+    found = []
+    if text is not config:
+        found.append("a multimodal model, whose language model reads more than text")
+    if config.model_type in STATE_SPACE:
+        found.append("a pure state-space model, which has no attention to replace")
+    elif layers & {"linear_attention", "hybrid", "hybrid_sliding", "conv"} and not is_hybrid(config):
+        found.append("a hybrid already, some of whose blocks have no plain attention")
+    if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
+        found.append("an encoder, whose attention looks both ways and which generates nothing")
+    if given("kv_lora_rank"):
+        found.append("multi-head latent attention (MLA), which has no key and value projections to start from")
+    if experts := given("num_local_experts", "num_experts", "n_routed_experts"):
+        found.append(f"a mixture of experts (MoE, {experts}={getattr(text, experts)})")
+    if layers & {"sliding_attention", "chunked_attention"} or (not layers and window is not None):
+        found.append(f"sliding-window attention (sliding_window={window})")
+    if cap := given("attn_logit_softcapping", "final_logit_softcapping"):
+        found.append(f"logit softcapping ({cap}={getattr(text, cap)}), which the chunked loss does not apply")
+    if getattr(config, "quantization_config", None):
+        found.append("quantised weights (give the model as it was before)")
+    return found
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether a config is that of a hybrid of ours."""
+    return isinstance(config, HybridConfigMixin)
+
 
 def check_convertible(config: Any) -> str:
     """The family (model_type of the teacher) of a config; UserError where no hybrid can be made of it."""
-    family = config.model_type.removeprefix("hybrid_")
-    if family not in FAMILIES:
-        raise UserError(f"architecture '{config.model_type}' cannot be converted; supported: {', '.join(FAMILIES)}")
-    if getattr(config, "sliding_window", None) is not None:
-        raise UserError(f"sliding-window attention (sliding_window={config.sliding_window}) cannot be converted")
-    return str(family)
+    family = str(config.model_type).removeprefix("hybrid_")
+    reasons = obstacles(config)
+    if reasons or family not in FAMILIES:
+        why = "; ".join(reasons) or "its blocks are not of a kind that is known here"
+        raise UserError(
+            f"architecture '{config.model_type}' cannot be converted: {why}\n"
+            f"supported: {', '.join(FAMILIES)}, dense and with full attention in every block"
+        )
+    return family
+
+
+def check_teacher(config: Any) -> str:
+    """``check_convertible`` of what is to be the teacher: UserError also for a hybrid of ours."""
+    if is_hybrid(config):
+        placed = f"{len(replaced_blocks(config.mixers or []))} of {config.num_hidden_layers} blocks replaced"
+        raise UserError(
+            f"the teacher is a hybrid of ours already ({config.model_type}, {placed})\n"
+            "give as teacher the transformer that it was made from, and name the hybrid under start_from: "
+            "start_from.H1-h=FOLDER"
+        )
+    return check_convertible(config)
 
 
 def hybrid_config(config: Any, mixers: Sequence[str], mixer: MixerConfig) -> Any:
@@ -48,7 +105,7 @@ def check_options(config: Any, mixer: MixerConfig) -> None:
     """Raise UserError where the mixers that a model has already are shaped otherwise than ``mixer`` says."""
     if not replaced_blocks(getattr(config, "mixers", None) or []):
         return
-    wanted = mixer_options(mixer)
+    wanted = config.resolved(mixer_options(mixer))
     for key, old in config.mixer_config.items():
         if key != "conv_init" and old != wanted[key]:
             raise UserError(f"mixer.{key}={wanted[key]}, but the mixers already there have {key}={old}")

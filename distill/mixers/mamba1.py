@@ -45,13 +45,17 @@ class Mixer(nn.Module):
         self.groups = self.d_inner // self.d_state
         self.options = {name: options[name] for name in ("mil_layout", "z_init", "conv_init")}
         self.splits = [self.d_inner, self.d_xb, self.d_xb, self.d_inner, self.dt_rank]  # z, x, B, C, dt
-        bias = bool(getattr(config, "attention_bias", False)) or options["z_init"] == "identity"
+        out_bias = bool(getattr(config, "attention_bias", False))
+        bias = out_bias or getattr(config, "qkv_bias", False) or options["z_init"] == "identity"
         self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=bias)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, options["d_conv"], groups=self.d_inner)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32))
-        self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=bool(getattr(config, "attention_bias", False)))
+        self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=out_bias)
+        self.b_norm = self.c_norm = None
+        if options["bc_norm"]:
+            self.b_norm, self.c_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
         self.reset_parameters()
 
     @staticmethod
@@ -60,7 +64,8 @@ class Mixer(nn.Module):
         options = config.mixer_config
         d_state, head_dim = options["d_state"], config.head_dim
         if d_state < 1 or head_dim % min(d_state, head_dim):
-            raise UserError(f"mixer.d_state={d_state} must divide head_dim={head_dim}")
+            fits = [str(n) for n in range(2, min(head_dim, 32) + 1) if head_dim % n == 0]
+            raise UserError(f"mixer.d_state={d_state} must divide head_dim={head_dim}: set it to {', '.join(fits)}")
         if not 2 <= options["d_conv"] <= 8:
             raise UserError(f"mixer.d_conv={options['d_conv']} must be in [2, 8]")
         choose("mixer.mil_layout", options["mil_layout"], LAYOUTS)
@@ -68,14 +73,17 @@ class Mixer(nn.Module):
         choose("mixer.conv_init", options["conv_init"], STARTS)
 
     def mil_slots(self) -> dict[str, tuple[str, slice]]:
-        """MIL slot -> (parameter module, rows): x <- W_V, B <- W_K, C <- W_Q, out <- W_O."""
+        """MIL slot -> (parameter module, rows): x <- W_V, B <- W_K, C <- W_Q, out <- W_O, norms of B, C <- of k, q."""
         z, x, b, c = self.splits[:4]
-        return {
+        slots = {
             "x": ("in_proj", slice(z, z + x)),
             "B": ("in_proj", slice(z + x, z + x + b)),
             "C": ("in_proj", slice(z + x + b, z + x + b + c)),
             "out": ("out_proj", slice(None)),
         }
+        if self.b_norm is not None:
+            slots |= {"B_norm": ("b_norm", slice(None)), "C_norm": ("c_norm", slice(None))}
+        return slots
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -93,6 +101,9 @@ class Mixer(nn.Module):
         for layer in (self.in_proj, self.out_proj):
             if layer.bias is not None:
                 layer.bias.zero_()
+        for norm in (self.b_norm, self.c_norm):
+            if norm is not None:
+                norm.reset_parameters()
         if self.options["z_init"] == "identity":
             self.in_proj.weight[: self.d_inner].zero_()
             self.in_proj.bias[: self.d_inner].fill_(OPEN_GATE)
@@ -129,6 +140,7 @@ class Mixer(nn.Module):
         [B, D, K-1], recurrent state [B, D, N] in fp32; both are updated in place.
         """
         z, x, b, c, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        b, c = _norm_heads(b, self.b_norm), _norm_heads(c, self.c_norm)
         x, b = self._expand(x).flatten(-2), self._expand(b)
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
@@ -151,3 +163,12 @@ class Mixer(nn.Module):
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(scan_state, self.layer_idx)
         return self.out_proj(y * F.silu(z)), None
+
+
+def _norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
+    """States [..., heads * head_dim] with every head normed, in at least fp32, as the teacher's own norms do."""
+    if norm is None:
+        return states
+    exact = torch.promote_types(states.dtype, torch.float32)
+    heads = states.to(exact).unflatten(-1, (-1, *norm.normalized_shape))
+    return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(exact), norm.eps).to(states.dtype).flatten(-2)

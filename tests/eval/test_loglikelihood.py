@@ -60,7 +60,8 @@ def test_accuracy_is_lm_evals(name: str, requests: Requests, tokenizer: Any, req
     assert figures["loglikelihood"] == pytest.approx(sum(right) / QUESTIONS, rel=1e-5)
 
 
-def test_figures_do_not_depend_on_the_batching(hybrid: Any, requests: Requests) -> None:
+def test_figures_do_not_depend_on_the_batching(hybrid_family: Any, requests: Requests) -> None:
+    hybrid = hybrid_family
     results = [requests.evaluate(hybrid, batch_tokens=tokens) for tokens in (1, 300, 8192, 10**6)]
     for result in results:
         assert result == pytest.approx(results[0], rel=1e-5)

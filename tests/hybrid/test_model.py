@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from distill.config import MixerConfig
+from distill.errors import UserError
 from distill.hybrid.model import document_starts
 from distill.hybrid.surgery import hybridize
 from distill.mixers import ATTENTION
@@ -135,6 +137,77 @@ def test_left_padded_generation_equals_each_alone(hybrid_family: Any) -> None:
     for row, sequence in enumerate(alone):
         expected = hybrid_family.generate(sequence, attention_mask=torch.ones_like(sequence), **options)
         assert batch[row, -8:].tolist() == expected[0, -8:].tolist()
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"head_dim": 8, "num_key_value_heads": 4},
+    {"head_dim": 8, "num_key_value_heads": 1},
+    {"head_dim": 16, "num_key_value_heads": 2, "hidden_size": 24},
+    {"head_dim": 80, "num_key_value_heads": 2},
+    {"head_dim": 96, "num_key_value_heads": 1},
+    {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2},
+    {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(str(value) for value in shape.values()))
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_every_shape_of_heads(make_model: Callable[..., Any], name: str, shape: dict[str, Any], tmp_path: Path) -> None:
+    """MHA, GQA and MQA, with heads * head_dim beside the hidden size."""
+    teacher, ids = make_model(name, **shape), tokens(2, 11)
+    assert torch.equal(hybridize(teacher, [ATTENTION] * 4, MixerConfig())(ids).logits, teacher(ids).logits)
+    hybrid = hybridize(teacher, ["mamba1", ATTENTION, ATTENTION, "mamba1"], MixerConfig())
+    whole, cache = hybrid(ids).logits, DynamicCache(config=hybrid.config)
+    parts = [hybrid(part, past_key_values=cache, use_cache=True).logits for part in ids.split([4, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+    hybrid.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, whole)
+
+
+@pytest.mark.parametrize(("head_dim", "fits"), [(24, "2, 3, 4, 6, 8, 12, 24"), (20, "2, 4, 5, 10, 20")])
+def test_a_head_that_the_state_does_not_divide_is_refused(
+    make_model: Callable[..., Any], head_dim: int, fits: str
+) -> None:
+    teacher, placement = make_model("llama", head_dim=head_dim), ["mamba1", *[ATTENTION] * 3]
+    with pytest.raises(UserError, match=f"mixer.d_state=16 must divide head_dim={head_dim}: set it to {fits}$"):
+        hybridize(teacher, placement, MixerConfig())
+    largest = max(int(states) for states in fits.split(", ") if int(states) <= 16)
+    assert hybridize(teacher, placement, MixerConfig(d_state=largest))(tokens(1, 5)).logits.isfinite().all()
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_scaled_positions_are_the_teachers_bit_for_bit(
+    make_model: Callable[..., Any], name: str, rope: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Also of a loaded hybrid, and beyond the length that the teacher was made for."""
+    scaling = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
+    make_model(name, rope_parameters=scaling, max_position_embeddings=16).save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=dtype).eval()
+    hybridize(teacher, [ATTENTION] * 4, MixerConfig()).save_pretrained(tmp_path / "hybrid")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", dtype=dtype).eval()
+    swapped = hybridize(teacher, [ATTENTION, "mamba1", "mamba1", ATTENTION], MixerConfig())
+    plain = make_model(name, max_position_embeddings=16).to(dtype)
+    for length in (9, 40, 12):  # dynamic scaling grows with the longest text and must shrink again
+        ids = tokens(1, length)
+        expected = teacher(ids)
+        for model in (loaded, swapped):
+            model(ids)
+            assert torch.equal(model.model.rotary_emb.inv_freq, teacher.model.rotary_emb.inv_freq)
+        assert torch.equal(loaded(ids).logits, expected.logits)
+    assert not torch.equal(plain(tokens(1, 40)).logits, teacher(tokens(1, 40)).logits), "the scaling does something"
 
 
 def packed_logits(model: Any, documents: list[Tensor]) -> tuple[Tensor, Tensor]:

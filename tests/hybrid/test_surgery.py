@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig
 
 from distill.config import MixerConfig
 from distill.errors import UserError
-from distill.hybrid.surgery import check_convertible, hybrid_config, hybridize
+from distill.hybrid.model import FAMILIES
+from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config, hybridize
 
 A, M = "attention", "mamba1"
 
@@ -128,18 +129,75 @@ def test_device_dtype_and_mode_are_the_sources(make_llama: Callable[..., Any]) -
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-def test_sliding_window_is_refused(mistral: Any) -> None:
-    check_convertible(mistral.config)
-    windowed = MistralConfig(**{**mistral.config.to_dict(), "sliding_window": 16})
-    with pytest.raises(UserError, match="sliding_window=16"):
-        hybridize(MistralForCausalLM(windowed), [A, M, A, A], MixerConfig())
+REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("bert", {}, ["an encoder, whose attention looks both ways"]),
+    ("modernbert", {}, ["an encoder, whose attention looks both ways"]),
+    ("t5", {}, ["an encoder-decoder"]),
+    ("whisper", {}, ["an encoder-decoder"]),
+    ("mistral", {}, ["sliding-window attention (sliding_window=4096)"]),
+    ("gemma2", {}, ["sliding-window attention", "logit softcapping (attn_logit_softcapping=50.0)"]),
+    ("gemma3_text", {}, ["sliding-window attention"]),
+    ("gemma3", {}, ["a multimodal model", "sliding-window attention"]),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, ["sliding-window attention (sliding_window=4096)"]),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 32}, ["sliding-window attention"]),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 9}, ["sliding-window attention (sliding_window=9)"]),
+    ("deepseek_v2", {}, ["multi-head latent attention (MLA)", "a mixture of experts"]),
+    ("deepseek_v3", {}, ["multi-head latent attention (MLA)", "a mixture of experts"]),
+    ("minicpm3", {}, ["multi-head latent attention (MLA)"]),
+    ("mixtral", {}, ["a mixture of experts (MoE, num_local_experts=8)"]),
+    ("qwen3_moe", {}, ["a mixture of experts (MoE, num_local_experts=128)"]),
+    ("granitemoe", {}, ["a mixture of experts"]),
+    ("jamba", {}, ["a hybrid already"]),
+    ("bamba", {}, ["a hybrid already"]),
+    ("granitemoehybrid", {}, ["a hybrid already"]),
+    ("zamba2", {}, ["a hybrid already"]),
+    ("falcon_h1", {}, ["a hybrid already"]),
+    ("nemotron_h", {}, ["a hybrid already"]),
+    ("qwen3_next", {}, ["a hybrid already"]),
+    ("mamba", {}, ["a pure state-space model"]),
+    ("mamba2", {}, ["a pure state-space model"]),
+    ("rwkv", {}, ["a pure state-space model"]),
+    ("mllama", {}, ["a multimodal model"]),
+    ("qwen2_vl", {}, ["a multimodal model"]),
+    ("gpt2", {}, ["its blocks are not of a kind that is known here"]),
+    ("phi3", {}, ["its blocks are not of a kind that is known here"]),
+    ("llama", {"per_layer_config": {1: {"num_key_value_heads": 8}}}, ["blocks that differ from each other"]),
+    ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised weights"]),
+]
 
 
-def test_unsupported_architecture_is_refused() -> None:
-    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, intermediate_size=64, **shape))
-    with pytest.raises(UserError, match=r"'qwen2' cannot be converted; supported: llama, mistral"):
-        hybridize(model, [A, M], MixerConfig())
+@pytest.mark.parametrize(
+    ("architecture", "keys", "reasons"), REFUSED, ids=[f"{row[0]}-{i}" for i, row in enumerate(REFUSED)]
+)
+def test_what_cannot_be_converted_is_refused_by_its_config(
+    architecture: str, keys: dict[str, Any], reasons: list[str]
+) -> None:
+    config = AutoConfig.for_model(architecture, **keys)
+    with pytest.raises(UserError) as error:
+        check_convertible(config)
+    first, last = str(error.value).splitlines()
+    assert first.startswith(f"architecture '{architecture}' cannot be converted: ")
+    assert all(reason in first for reason in reasons), first
+    assert (
+        last
+        == "supported: llama, mistral, qwen2, qwen3, granite, smollm3, dense and with full attention in every block"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_full_attention_are_taken(family: str) -> None:
+    """A window that no block uses is none: Qwen names one in every config."""
+    window = {"sliding_window": 4096 if family in ("qwen2", "qwen3", "smollm3") else None}
+    assert check_convertible(AutoConfig.for_model(family, use_sliding_window=False, **window)) == family
+    if family in ("qwen2", "qwen3"):
+        beyond = AutoConfig.for_model(family, use_sliding_window=True, max_window_layers=99, **window)
+        assert check_convertible(beyond) == family
+
+
+def test_a_hybrid_of_ours_is_no_teacher(hybrid: Any, llama: Any) -> None:
+    assert check_teacher(llama.config) == check_convertible(hybrid.config) == "llama"
+    with pytest.raises(UserError, match=r"hybrid of ours already .hybrid_llama, 2 of 4 blocks(.|\n)*start_from"):
+        check_teacher(hybrid.config)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from distill.config import MixerConfig
 from distill.errors import UserError
 from distill.hybrid.config import mixer_options
 from distill.hybrid.surgery import hybridize
-from distill.mixers.mamba1 import Mixer
+from distill.mixers.mamba1 import Mixer, _norm_heads
 
 HEADS, KV_HEADS, HEAD_DIM, STATES = 4, 2, 32, 16
 REPEAT, CHUNKS = HEADS // KV_HEADS, HEAD_DIM // STATES
@@ -35,6 +35,7 @@ def config(**changes: Any) -> Any:
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
         "attention_bias": False,
+        "rms_norm_eps": 1e-2,
     }
     for key, value in changes.items():
         (options if key in options else keys)[key] = value
@@ -65,6 +66,11 @@ def plain(weights: dict[str, Tensor], inputs: Tensor, layout: str, starts: Tenso
         projected = projected + weights["in_proj.bias"]
     ends = [inner, inner + xb, inner + 2 * xb, 2 * inner + 2 * xb]
     z, x, b, c, dt = projected.tensor_split(ends, dim=-1)
+    if "b_norm.weight" in weights:
+        b, c = (
+            torch.cat([h / (h.square().mean(-1, keepdim=True) + 1e-2).sqrt() * w for h in v.split(HEAD_DIM, -1)], -1)
+            for v, w in ((b, weights["b_norm.weight"]), (c, weights["c_norm.weight"]))
+        )
     x, b = expand(x, layout), expand(b, layout)
     dt = softplus(dt @ weights["dt_proj.weight"].T + weights["dt_proj.bias"])
     a = -torch.exp(weights["A_log"])
@@ -96,10 +102,10 @@ def assert_near(got: Tensor, want: Tensor, what: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "norm"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("layout", ["aligned", "faithful"])
-def test_whole_mixer_matches_the_equations(layout: str, bias: bool, packed: bool, kernel: str) -> None:
-    mixer = make(mil_layout=layout, attention_bias=bias)
+def test_whole_mixer_matches_the_equations(layout: str, bias: bool, norm: bool, packed: bool, kernel: str) -> None:
+    mixer = make(mil_layout=layout, attention_bias=bias, bc_norm=norm)
     mixer.kernels = kernel
     rng = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 11, 48, generator=rng)
@@ -186,6 +192,51 @@ def test_mil_copies_attention(make_llama: Callable[..., Any], bias: bool) -> Non
         assert not mixer.in_proj.bias[2 * inner + 2 * xb :].any(), "dt has no bias to copy"
     else:
         assert mixer.in_proj.bias is None and mixer.out_proj.bias is None
+
+
+def test_mil_copies_the_biases_that_qwen2_has(make_model: Callable[..., Any]) -> None:
+    """q, k and v have them, o has none; z and dt have nothing to copy."""
+    teacher = make_model("qwen2")
+    mixer = hybridize(teacher, ["mamba1", *["attention"] * 3], MixerConfig()).model.layers[0].self_attn
+    attention, inner, xb = teacher.model.layers[0].self_attn, HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    biases = mixer.in_proj.bias.split(mixer.splits)
+    for name, bias in zip(("v_proj", "k_proj", "q_proj"), biases[1:4], strict=True):
+        assert bias.any() and torch.equal(bias, getattr(attention, name).bias), name
+    assert [len(bias) for bias in biases[:4]] == [inner, xb, xb, inner]
+    assert not biases[0].any() and not biases[4].any() and mixer.out_proj.bias is None
+
+
+@torch.no_grad()
+def test_mil_copies_the_norms_that_qwen3_has(make_model: Callable[..., Any]) -> None:
+    """B and C are then what attention calls k and q before RoPE."""
+    teacher, placement = make_model("qwen3", rms_norm_eps=1e-2), ["mamba1", *["attention"] * 3]
+    hybrid = hybridize(teacher, placement, MixerConfig())
+    mixer, attention = hybrid.model.layers[0].self_attn, teacher.model.layers[0].self_attn
+    hidden = torch.randn(2, 5, 48)
+    _, _, b, c, _ = mixer.in_proj(hidden).split(mixer.splits, -1)
+    k, q = (
+        norm(proj(hidden).unflatten(-1, (-1, HEAD_DIM))).flatten(-2)
+        for norm, proj in ((attention.k_norm, attention.k_proj), (attention.q_norm, attention.q_proj))
+    )
+    torch.testing.assert_close(_norm_heads(b, mixer.b_norm), k)
+    torch.testing.assert_close(_norm_heads(c, mixer.c_norm), q)
+    assert not torch.equal(mixer.c_norm.weight, torch.ones(HEAD_DIM))
+    assert hybrid.config.mixer_config["bc_norm"] is True
+    further = hybridize(hybrid, ["mamba1", "mamba1", "attention", "attention"], MixerConfig())
+    assert torch.equal(further.model.layers[0].self_attn.b_norm.weight, mixer.b_norm.weight)
+    without = hybridize(teacher, placement, MixerConfig(bc_norm=False))
+    assert without.model.layers[0].self_attn.b_norm is None
+    with pytest.raises(UserError, match=r"mixer.bc_norm=True, but the mixers already there have bc_norm=False"):
+        hybridize(without, ["mamba1", "mamba1", "attention", "attention"], MixerConfig())
+
+
+@pytest.mark.parametrize("init", ["mil", "fresh"])
+def test_norms_can_be_asked_for_where_the_teacher_has_none(llama: Any, init: str) -> None:
+    hybrid = hybridize(llama, ["mamba1", *["attention"] * 3], MixerConfig(bc_norm=True, init=init))
+    mixer = hybrid.model.layers[0].self_attn
+    assert mixer.b_norm.weight.eq(1).all() and mixer.c_norm.weight.eq(1).all()
+    default = hybridize(llama, ["mamba1", *["attention"] * 3], MixerConfig(init=init)).model.layers[0].self_attn
+    assert torch.equal(default.in_proj.weight, mixer.in_proj.weight), "the norms draw no random number"
 
 
 def test_fresh_does_not_look_at_attention(llama: Any) -> None:

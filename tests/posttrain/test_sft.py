@@ -53,6 +53,7 @@ def test_it_lowers_the_heldout_loss(hybrid: Any, tokenizer: Any, traces: Traces,
     assert not list((tmp_path / "out").glob("*")), "no checkpoint was asked for"
 
 
+@pytest.mark.parametrize("hybrid", ["llama", "granite"], indirect=True)
 def test_heldout_cross_entropy_is_the_models_own_loss(hybrid: Any, traces: Traces) -> None:
     batch = collate([traces(4)[i] for i in range(4)])
     with torch.no_grad():
@@ -122,6 +123,7 @@ def test_documents_do_not_leak(trainer: TraceTrainer, hybrid: Any, monkeypatch: 
     assert without[0] != without[1], "the trap is gone: the test shows nothing"
 
 
+@pytest.mark.parametrize("hybrid", ["llama", "granite"], indirect=True)
 def test_only_targets_are_learned(trainer: TraceTrainer, hybrid: Any) -> None:
     """No gradient comes from what is predicted at a token without a label: changing only such tokens' labels, or
     leaving a document without targets, is as if they were not there."""

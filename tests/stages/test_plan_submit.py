@@ -38,6 +38,22 @@ def test_sizes_are_those_of_the_paper_and_of_real_modules() -> None:
     assert size.total == plain.num_parameters()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_knows_every_family(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a config alone, with the head size left to the family; parameters are those of the real modules."""
+    keys = "hidden_size: 64, num_hidden_layers: 8, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 99"
+    written = f"teacher_config={{model_type: {family}, {keys}, pad_token_id: null, sliding_window: null}}"
+    overrides = [written, "schedule=[4,6]", "plan.device_tflops=1"]
+    assert main(["plan", "demo", *overrides]) == 0
+    text = capsys.readouterr().out
+    assert "8 blocks, hidden 64, 4 query / 2 key-value heads of" in text and "H1-6/8" in text
+    config = load_config(RunConfig, config_path("demo"), overrides)
+    teacher = teacher_config(config)
+    with torch.device("meta"):
+        plain = FAMILIES[family][1].__mro__[2](teacher)
+    assert sizes(config, teacher).total == plain.num_parameters()
+
+
 def test_plan_writes_nothing(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "demo", f"run_dir={tmp_path}/run"]) == 0
     assert "measured now" in capsys.readouterr().out
