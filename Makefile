@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-slow smoke lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults smoke lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -13,7 +13,10 @@ test: $(STAMP)  ## lint, types, tests
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)  ## the tests that take half a minute and more each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/faults
+
+test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (15 to 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -m slow -s tests/faults
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke

@@ -23,7 +23,7 @@ import torch
 from transformers import set_seed
 
 from distill.config import MixerConfig, TrainConfig
-from distill.data.traces import load_rows
+from distill.data.traces import EmbeddedTraces
 from distill.hybrid.surgery import hybridize
 from distill.placement import ATTENTION
 from distill.placement import replace as placed
@@ -83,7 +83,7 @@ class Bench:
         self.model = load_model("embedded")
         self.teacher = RememberingTeacher(self.model)
         self.seed: tuple[int, int] | None = None
-        self.heldout = load_rows("embedded", self.tokenizer, HELD_OUT_ROWS, LENGTH, MIX, HELD_OUT_SEED, held_out=True)
+        self.heldout = EmbeddedTraces(self.tokenizer, HELD_OUT_ROWS, LENGTH, MIX, HELD_OUT_SEED, held_out=True)
 
     def run(self, arm: Arm) -> dict[str, Any]:
         """Train and measure an arm (its start first), or read back what was found before."""
@@ -110,7 +110,7 @@ class Bench:
             for block in arm.blocks:
                 student.model.layers[block].self_attn.requires_grad_(True)
         data_seed = arm.seed * 1000 + (arm.tokens if arm.start else 0)  # a later stage sees other rows
-        rows = load_rows("embedded", self.tokenizer, arm.steps * arm.batch_size, LENGTH, MIX, data_seed)
+        rows = EmbeddedTraces(self.tokenizer, arm.steps * arm.batch_size, LENGTH, MIX, data_seed)
         train = TrainConfig(
             batch_size=arm.batch_size, learning_rate=arm.learning_rate, warmup_steps=min(10, arm.steps // 10)
         )

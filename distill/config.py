@@ -6,36 +6,62 @@ run, ``PretrainConfig`` the training of a teacher from nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError, safe_load
+from yaml import MarkedYAMLError, YAMLError, safe_load
 
-from distill.errors import UserError, nearest
+from distill.errors import UserError, brief, nearest
+
+VERSION = 1
+"""Format of ``run.yaml``: raised when a program that knows only the one before could not go on with a run."""
+UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+"""What OmegaConf and PyYAML raise for text that they cannot make a config of (``!!int`` alone is an IndexError)."""
+PAIRS = "expected key: value pairs (see configs/demo.yaml)"
+SCALARS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(kw_only=True)
+class Origin:
+    """Where documents come from."""
+
+    source: str = MISSING
+    """``embedded``; a file (JSONL, JSON, CSV, Parquet; gzipped JSONL); a folder of such files, or one that
+    ``datasets`` saved; or a hub name, ``owner/name``."""
+    split: str = "train"
+    """Which part of a hub data set, of a saved one, or of a folder whose file names say it."""
+    subset: str = ""
+    """Configuration of a hub data set that has several."""
+    revision: str = ""
+    """Branch, tag or commit of a hub data set (empty: its main branch)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What ours are called there, where they have other names: ``{prompt: question, completion: solution}``. Ours are
+    messages, conversations, tools, prompt, completion, text."""
 
 
 @dataclass
-class SourceConfig:
+class SourceConfig(Origin):
     """One source of a mixture."""
 
     source: str = MISSING
-    """``embedded``, or the path of a JSONL file."""
+    """As in ``Origin``."""
     weight: float = 1.0
     """Its share of the rows, which all have as many tokens, relative to the other weights."""
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Origin):
     """What is trained on."""
 
     source: str = "embedded"
-    """``embedded``, or the path of a JSONL file with messages, prompt/completion or text."""
+    """As in ``Origin``: rows with messages (or conversations), prompt and completion, or text."""
     mixture: list[SourceConfig] = field(default_factory=list)
-    """Several sources by weight, in place of ``source``."""
+    """Several sources by weight, in place of ``source``; each has its own split, subset, revision and columns."""
     sequence_length: int = 256
     """Tokens a packed row, T."""
     mix: dict[str, float] = field(
@@ -43,7 +69,17 @@ class DataConfig:
     )
     """Weight of each embedded family."""
     mask: str = "completion"
-    """``completion`` (the reasoning trace) or ``all``: which tokens are targets."""
+    """Which tokens are targets: ``completion`` (the last assistant turn: reasoning and answer), ``assistant`` (every
+    assistant turn) or ``all``."""
+    too_long: str = "cut"
+    """A document longer than a row: ``cut`` (its beginning is kept, every token has its right context), ``split`` (its
+    pieces become documents, the later ones without what came before) or ``drop``. All are counted."""
+    streaming: bool = False
+    """Read, tokenise and pack as the training goes, in bounded memory; a resumed training reads again up to its place.
+    Otherwise the documents are held in memory."""
+    shuffle_buffer: int = 10_000
+    """Documents among which a streamed source is shuffled; with at least as many as there are, the rows are those
+    without streaming."""
 
 
 @dataclass
@@ -81,11 +117,11 @@ class TrainConfig:
 
 
 @dataclass
-class SftConfig:
+class SftConfig(Origin):
     """Fine-tuning of a distilled stage on traces, and its merge with that stage (the paper's H1-30-SFT)."""
 
     source: str = ""
-    """Traces, as in ``data.source`` (empty: the run's own)."""
+    """Traces, as in ``data.source``, with split, subset, revision and columns of their own (empty: the run's data)."""
     steps: int = 100
     """Optimizer steps; what is not set here (weight decay, clipping, ...) is as in ``train``."""
     batch_size: int = 8
@@ -116,8 +152,8 @@ class MixerConfig:
     """``default`` (random) or ``identity`` (the gate starts at about 1)."""
     conv_init: str = "default"
     """``default`` (random) or ``identity`` (the convolution starts as a pass-through)."""
-    bc_norm: bool | None = None
-    """RMSNorm per head on B and C; by default where the teacher has such norms on k and q (Qwen3), from theirs."""
+    bc_norm: str = "auto"
+    """RMSNorm per head on B and C: ``auto`` (where the teacher has such norms on k and q), ``always`` or ``never``."""
 
 
 @dataclass
@@ -173,6 +209,8 @@ class MeasureConfig:
     batch_size: int = 64
     max_new_tokens: int = 0
     """Longest generation (0: as each task says)."""
+    allow_code_execution: bool = False
+    """Whether tasks that run what the model writes (humaneval, mbpp) may do so on this machine."""
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
 
 
@@ -211,6 +249,8 @@ class RunConfig:
     """``embedded``, a model folder, or a hub name."""
     teacher_config: dict[str, Any] = field(default_factory=dict)
     """The teacher's config.json, for planning without it at hand."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the teacher (``auto_map`` in its config.json) may be run."""
     schedule: list[int] = field(default_factory=list)
     """Replaced blocks h after each stage; each stage more than what it starts from."""
     start_from: dict[str, str] = field(default_factory=dict)
@@ -256,17 +296,50 @@ Config = TypeVar("Config", RunConfig, PretrainConfig)
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """Merge the dataclass defaults, a YAML file and ``key=value`` overrides.
 
-    Raises UserError for an unreadable file, an unknown key (naming the nearest), a wrong type or value.
+    Raises UserError for an unreadable file, an unknown key (naming the nearest), a wrong type or value, and for a
+    file that a newer version of this program has written.
     """
+    layer = read_yaml(path)
+    version = layer.pop("version", VERSION)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise UserError(f"{path}: version={version!r} is no version; expected a whole number up to {VERSION}")
+    if version > VERSION:
+        raise UserError(
+            f"{path} was written by a newer distill (version {version}; this one reads up to {VERSION}): "
+            "update distill, or take another run_dir"
+        )
+    return merge_config(kind, [(str(path), layer)], overrides)
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds, interpolations left as they are; UserError where it is none."""
     try:
         loaded = OmegaConf.load(path)
+        if OmegaConf.is_dict(loaded) and loaded:
+            content: Any = OmegaConf.to_container(loaded)
+            return content
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if mark else []
+        tab = mark and mark.line < len(lines) and "\t" in lines[mark.line]
+        hint = " (indent with spaces, not tabs)" if tab else ""
+        problem = brief(", ".join(part for part in (error.context, error.problem) if part))
+        if "max_yaml_expanded_nodes" in problem:
+            problem = "its aliases (*) expand to more than 10000 values: write out what is needed"
+        raise UserError(f"{path}{place} is not YAML: {problem}{hint}") from error
     except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(loaded) or not loaded:
-        raise UserError(f"{path}: expected key: value pairs, found {'nothing' if not loaded else 'a list'}")
-    return merge_config(kind, [(str(path), OmegaConf.to_container(loaded))], overrides)
+        if error.errno is None:  # OmegaConf's way of saying that it found a number or a truth value
+            raise UserError(f"{path}: {PAIRS}, found {brief(error).rpartition(' ')[2]}") from error
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not YAML: it is no text in UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not YAML that can be a config: it is nested too deeply") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not YAML: {brief(error)}") from error
+    found = "nothing" if not loaded else "a list"
+    raise UserError(f"{path}: {PAIRS}, found {found}")
 
 
 def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], overrides: Sequence[str] = ()) -> Config:
@@ -281,10 +354,13 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
             raise UserError(f"expected key=value, got '{text}'")
         try:
             layer = split_colons(OmegaConf.to_container(OmegaConf.from_dotlist([text])))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
-        named.append((f"'{text}'", text.split("=")[0], layer))
+        except UNREADABLE as error:
+            raise UserError(
+                f"'{brief(text)}' cannot be read: {brief(error)}\nput quotes around key=value where it holds spaces"
+            ) from error
+        named.append((f"'{brief(text, 120)}'", text.split("=")[0], layer))
     for where, key, layer in named:
+        layer = _fill_list(merged, layer, key)
         _check_keys(kind, layer, where)
         try:
             for path in _mappings(kind, layer):
@@ -292,19 +368,42 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
                     OmegaConf.update(merged, path, {}, merge=False)
             merged = OmegaConf.merge(merged, layer)
         except (OmegaConfBaseException, TypeError) as error:
-            place = getattr(error, "full_key", None)
+            place = getattr(error, "full_key", None) or key
             reason = str(error).splitlines()[0]
-            if "ListConfig" in reason or "container types" in reason:
-                reason = "expected a list, such as [5]"
-            raise UserError(f"{where}: {f'{place}: ' if place else ''}{reason}") from error
+            said = "" if "AnyNode" in reason or "container types" in reason else f"{reason}; "
+            prefix = f"{where}: {place}: " if place else f"{where}: "
+            raise UserError(f"{prefix}{said}expected {_expected(kind, place)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is missing") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    _check_items(kind, config)
     assert isinstance(config, kind)
     return config
+
+
+def _fill_list(merged: Any, layer: Any, key: str) -> Any:
+    """The layer of ``data.mixture.0.weight=2``, which changes one item of a list, with that list as a whole in it."""
+    parts = re.match(r"([\w.]*?)\.(\d+)(\.|$)", key)
+    items = OmegaConf.select(merged, parts[1]) if parts else None
+    if parts is None or not OmegaConf.is_list(items):
+        return layer
+    number, found = int(parts[2]), OmegaConf.to_container(items)
+    assert isinstance(found, list)
+    if number >= len(found):
+        raise UserError(f"'{key}': {parts[1]} has {len(found)} items, the first is number 0; give all of it to add one")
+    parent: Any = layer
+    *path, last = parts[1].split(".")
+    for name in path:
+        parent = parent[name]
+    (new,) = parent[last].values()
+    if isinstance(new, dict) and not isinstance(found[number], dict):
+        return layer
+    found[number] = {**found[number], **new} if isinstance(new, dict) else new
+    parent[last] = found
+    return layer
 
 
 def split_colons(value: Any) -> Any:
@@ -335,6 +434,34 @@ def _mappings(kind: Any, layer: Any, prefix: str = "") -> list[str]:
         elif isinstance(nested, dict) and isinstance(value, dict):
             paths.append(prefix + key)
     return paths
+
+
+def _expected(kind: Any, place: str) -> str:
+    """In words, what a dotted key of ``kind`` takes."""
+    hint = kind
+    for part in re.findall(r"[^.\[\]]+", place):
+        below = get_type_hints(hint).get(part) if is_dataclass(hint) else (get_args(hint) or (None,))[-1]
+        if below is None:  # deeper than there is anything: what was to be there is said of the place above
+            break
+        hint = below
+    if is_dataclass(hint):
+        return f"keys and values, such as {{{next(iter(get_type_hints(hint)))}: ...}}"
+    if get_origin(hint) in (list, dict):
+        return "a list, such as [5]" if get_origin(hint) is list else "keys and values, such as {a: 1}"
+    return SCALARS.get(hint, "another type")
+
+
+def _check_items(kind: Any, config: Any, prefix: str = "") -> None:
+    """Refuse lists and mappings whose items have another type than the dataclass says: OmegaConf lets lists pass."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, item_type = getattr(config, name), (get_args(hint) or (Any,))[-1]
+        if is_dataclass(value):
+            _check_items(kind, value, f"{prefix}{name}.")
+        elif item_type in SCALARS:
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if not isinstance(item, item_type):
+                    place = f"{prefix}{name}[{key}]"
+                    raise UserError(f"{place}: {brief(repr(item), 80)} is not {SCALARS[item_type]}")
 
 
 def dump_config(config: RunConfig | PretrainConfig) -> str:

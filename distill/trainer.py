@@ -4,11 +4,11 @@ computes the distillation loss inside the (possibly wrapped) student's forward."
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence, Sized
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +19,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from distill import interrupt
+from distill.checkpoints import checkpoints_of, newest_good, prune, seal
 from distill.config import TrainConfig
 from distill.data.pack import IGNORE, collate
 from distill.errors import UserError
 from distill.losses import distillation_loss
+from distill.records import write_text
+from distill.storage import building_place, new_folder, sync
 from distill.teacher import Teacher
 
 NO_DECAY = re.compile(r"A_log|\.D$|dt_bias|bias|norm|embed_tokens|lm_head")
@@ -46,7 +50,7 @@ class ProgressCallback(TrainerCallback):
         self.earlier = logged_minutes(self.log) if self.log is not None else 0.0
         if self.log is not None and self.log.exists():  # a resumed run drops lines past its checkpoint
             kept = [line for line in self.log.read_text().splitlines() if step_of(line) <= state.global_step]
-            self.log.write_text("".join(line + "\n" for line in kept))
+            write_text(self.log, "".join(line + "\n" for line in kept))
         if self.terminal:
             self.bar = tqdm(total=self.steps, initial=self.first, desc=self.title, unit="step", dynamic_ncols=True)
 
@@ -67,6 +71,8 @@ class ProgressCallback(TrainerCallback):
         }
         if self.log is not None:
             append_line(self.log, event)
+            if control.should_save:  # the log up to a checkpoint is to outlive what the checkpoint outlives
+                sync(self.log)
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.1e} {speed:,.0f} tok/s")
@@ -85,9 +91,10 @@ class ProgressCallback(TrainerCallback):
 
 
 def step_of(line: str) -> float:
-    """The step of a log line; infinity for a torn one, which is dropped."""
+    """The step of a log line; infinity for a torn one, or one of the end of a training, which is not resumed from."""
     try:
-        return float(json.loads(line)["step"])
+        event = json.loads(line)
+        return float(event["step"]) if "loss" in event else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
@@ -115,17 +122,12 @@ class KeepSteps(TrainerCallback):
             self.keep(state.global_step)
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end (Trainer writes ``trainer_state.json`` last)."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            logging.getLogger(__name__).warning("%s was cut short: an earlier one is taken", path)
-            continue
-        return str(path)
-    return None
+class StopWhenAsked(TrainerCallback):
+    """Ends a training after the step in which a signal asked for it, with a checkpoint of that step."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if interrupt.asked():
+            control.should_save = control.should_training_stop = True
 
 
 def append_line(path: Path, event: dict[str, Any]) -> None:
@@ -135,7 +137,8 @@ def append_line(path: Path, event: dict[str, Any]) -> None:
 
 
 class LanguageTrainer(Trainer):
-    """Hugging Face Trainer with the parameter groups of our mixers; trains any causal LM on its own loss.
+    """Hugging Face Trainer with the parameter groups of our mixers, and checkpoints that are whole or not there;
+    trains any causal LM on its own loss.
 
     Args:
         mixer_learning_rate: learning rate of the parameters of replaced mixers (0: the same as all others).
@@ -144,6 +147,32 @@ class LanguageTrainer(Trainer):
     def __init__(self, *args: Any, mixer_learning_rate: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mixer_learning_rate = mixer_learning_rate
+        self.building: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.building or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside the others, seal and rename it; only then do older ones go.
+
+        Raises DiskFull; what was half written is gone then, and the others stand.
+        """
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        target, wait, first = folder / f"checkpoint-{step}", self.accelerator.wait_for_everyone, self.args.should_save
+        with new_folder(target) if first else nullcontext(building_place(target)) as partial:
+            wait()
+            self.building = partial.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.building = None
+            wait()  # each process of a job writes its random numbers
+            if first:
+                (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                seal(partial)
+        if first:
+            prune(folder, step, self.args.save_total_limit or 2)
+        wait()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, the replaced mixers' parameters in groups of their own if they have their own rate."""
@@ -225,9 +254,11 @@ def fit(
 ) -> LanguageTrainer:
     """Train, continuing from the newest checkpoint in the output folder if there is one.
 
-    ``key`` is the part of the config that the run came from, for messages; ``extra`` goes to the trainer.
+    ``key`` is the part of the config that the run came from, for messages; ``extra`` goes to the trainer. A signal to
+    stop is heeded after a step and its checkpoint; where there is no ``log``, at once: nothing of it is to be kept.
 
-    Raises UserError when the loss is not finite (the checkpoints before it stay).
+    Raises UserError when the loss is not finite or a checkpoint finds no room (those before it stay), Stopped after a
+    signal.
     """
     length = rows[0]["input_ids"].shape[-1]
     rows_per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -237,30 +268,40 @@ def fit(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[progress, StopOnNonFinite(key), *callbacks],
+        callbacks=[progress, StopOnNonFinite(key), StopWhenAsked(), *callbacks],
         **extra,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     assert isinstance(rows, Sized) and len(rows) >= arguments.max_steps * rows_per_step, "too few rows"
-    checkpoint = newest_checkpoint(Path(str(arguments.output_dir)))
-    if checkpoint:
-        logging.getLogger(__name__).info("continuing from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = newest_good(Path(str(arguments.output_dir)), lambda line: print(f"{title}: {line}", flush=True))
+    with interrupt.deferred() if log is not None else nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stop at the first loss that is NaN or infinite, naming the step and what to change (``key``: train or sft)."""
+    """Stop at the first loss or gradient that is NaN or infinite, naming the step, its rows of the data, and what to
+    change (``key``: train or sft). A checkpoint is written only after this look at its step."""
 
     def __init__(self, key: str = "train") -> None:
         self.key = key
 
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
-            raise UserError(
-                f"the loss became {logs['loss']} at step {state.global_step}: lower {self.key}.learning_rate or "
-                f"raise {self.key}.warmup_steps; checkpoints written before are kept"
-            )
+        found = {name: logs[name] for name in ("loss", "grad_norm") if logs and logs.get(name) is not None}
+        if all(torch.isfinite(torch.tensor(value)) for value in found.values()):
+            return
+        what = "loss" if not torch.isfinite(torch.tensor(found.get("loss", 0.0))) else "grad_norm"
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        last = next(iter(checkpoints_of(Path(str(args.output_dir))).values()), None)
+        raise UserError(
+            f"the {what} became {found[what]} at step {state.global_step}: lower {self.key}.learning_rate or raise "
+            f"{self.key}.warmup_steps, or look at the step's data (rows {(state.global_step - 1) * rows} to "
+            f"{state.global_step * rows - 1}, from 0)\n"
+            f"checkpoints written before are kept{f', the last is {last}' if last else ' (there are none yet)'}"
+        )
 
 
 def _objective(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,54 @@ def task_manager(names: Sequence[str]) -> Any:
     return everything
 
 
+def check_tasks(names: Sequence[str], *, allow_code: bool) -> None:
+    """Raise UserError for a task that there is none of, or that runs code which the model wrote (HumanEval, MBPP)
+    where ``allow_code`` does not say that it may."""
+    index = task_manager(names).task_index
+    for name in names:
+        if not allow_code and (task := _running_code(index, name)):
+            inside = "" if task == name else f" (in '{name}')"
+            raise UserError(
+                f"task '{task}'{inside} runs the Python code that the model writes, on this machine and with your "
+                "rights: set measure.allow_code_execution=true if that is safe here (a container), or leave it out"
+            )
+
+
+def _running_code(index: Any, task: Any) -> str | None:
+    """The first task that runs code of the model's in ``task``: the name of a task, group or tag, or what a group
+    holds in place of a name (a mapping); None if there is none."""
+    children: list[Any] = []
+    if isinstance(task, str):
+        entry = index.get(task)
+        content = (entry.cfg if entry else None) or {}
+        children = sorted(entry.tags) if entry and entry.cfg is None else []  # a tag
+    else:
+        content = task
+    below = content.get("task")
+    if content.get("unsafe_code"):
+        return str(below)
+    if isinstance(below, list):
+        children = below
+    elif below is not None and below != task:
+        children = [below]
+    return next((found for child in children if (found := _running_code(index, child))), None)
+
+
+@contextmanager
+def code_execution(allowed: bool) -> Iterator[None]:
+    """Within the context, the metric that runs code (``code_eval``) does so, if ``allowed``."""
+    variable = "HF_ALLOW_CODE_EVAL"
+    before = os.environ.pop(variable, None)
+    if allowed:
+        os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
+
+
 @contextmanager
 def bars_on_a_terminal_only() -> Iterator[None]:
     """Within the context, progress bars are silent unless someone is there to see them."""
@@ -104,16 +153,21 @@ def evaluate(
     batch_size: int,
     limit: int = 0,
     max_new_tokens: int = 0,
+    allow_code: bool = False,
 ) -> Scores:
-    """Score a model on tasks (groups and tags are reported task by task)."""
+    """Score a model on tasks (groups and tags are reported task by task).
+
+    Raises UserError for an unknown task, and for one that runs the model's code unless ``allow_code``.
+    """
     from lm_eval import simple_evaluate
 
+    check_tasks([*generative, *multiple_choice], allow_code=allow_code)
     manager = task_manager([*generative, *multiple_choice])
     scores = Scores([], [])
     for kind, tasks in (("generative", generative), ("multiple_choice", multiple_choice)):
         if not tasks:
             continue
-        with bars_on_a_terminal_only():
+        with bars_on_a_terminal_only(), code_execution(allow_code):
             results = simple_evaluate(
                 model=hf.lm(model, tokenizer, batch_size),
                 tasks=list(tasks),
@@ -124,6 +178,7 @@ def evaluate(
                 log_samples=kind == "generative",
                 apply_chat_template=tokenizer.chat_template is not None,
                 verbosity="ERROR",
+                confirm_run_unsafe_code=allow_code,
             )
         assert results is not None
         scores.rows.extend(rows_of(results, kind))

@@ -16,6 +16,7 @@ import yaml
 from distill.errors import UserError
 from distill.placement import tuned_name
 from distill.records import read_json
+from eval.wellformed import NUMBERS, problem, wrong_value
 
 Record = Mapping[str, Any]
 
@@ -26,17 +27,6 @@ STEPS = {
     "measure": "measure/measure.json",
 }
 TUNING_STEPS = {"train": "train/train.json", "merge": "merge/merge.json", "measure": "measure/measure.json"}
-LISTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "score": {"blocks": ("block",)},
-    "place": {"mixers": (), "added": ()},
-    "measure": {
-        "accuracy": ("task", "kind"),
-        "throughput": ("model", "batch", "context"),
-        "by_distance": ("task", "distance", "value", "n"),
-    },
-}
-"""The lists that a record must hold (of `OPTIONAL`: may), and what each of their entries must hold."""
-OPTIONAL = ("by_distance",)
 
 
 @dataclass(frozen=True)
@@ -296,13 +286,7 @@ def _read_record(file: Path, step: str) -> Record | None:
         record = read_json(file)
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
-    broken = "" if isinstance(record, dict) else f"a {type(record).__name__} instead of an object"
-    for name, keys in {} if broken else LISTS.get(step, {}).items():
-        entries = record.get(name, [] if name in OPTIONAL else None)
-        if not isinstance(entries, list):
-            broken = f"no list '{name}'"
-        elif keys and not all(isinstance(entry, dict) and entry.keys() >= set(keys) for entry in entries):
-            broken = f"an entry of '{name}' without {' and '.join(keys)}"
+    broken = problem(step, record)
     if broken:
         raise UserError(f"{file} is broken, it holds {broken}; {remedy}")
     return record
@@ -316,8 +300,11 @@ def _read_log(stage: Path) -> tuple[Record, ...]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            record = dict(json.loads(line))
+            if wrong := wrong_value(record, numbers=(*NUMBERS, "loss")):
+                raise UserError(f"{file}, line {number} is broken, it holds {wrong}: remove that line")
+            records.append(record)
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):  # a torn last line is what a killed step leaves
                 raise UserError(f"{file}, line {number} is not a JSON object: remove that line") from error
     return tuple(records)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from importlib import util
 from pathlib import Path
+from typing import NoReturn
 
 VERBS = {
     "run": "stages.pipeline",
@@ -42,8 +47,12 @@ the config can be set after it as key=value. 'distill VERB --help' explains a ve
 def traces_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``distill traces``."""
     add = parser.add_argument
-    add("--teacher", required=True, help="embedded, a model folder, or a hub name")
-    add("--prompts", required=True, metavar="DATA", help="embedded, or a JSONL file with prompt or messages")
+    add("--teacher", help="embedded, a model folder, or a hub name")
+    add("--prompts", metavar="DATA", help="embedded, or a JSONL file with prompt or messages")
+    add("--show", type=int, metavar="N", help="sample nothing: print N packed rows of a CONFIG's data, or of DATA")
+    add("target", nargs="?", metavar="CONFIG|RUN", help="whose data --show prints")
+    add("overrides", nargs="*", metavar="key=value", help="config values for --show")
+    parser.set_defaults(refuse=parser.error)
     add("--output", default="traces.jsonl", metavar="FILE", help="what to write (default: %(default)s)")
     add("--samples", type=int, default=1, metavar="N", help="completions a prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, metavar="TAU", help="0: greedy (default: %(default)s)")
@@ -55,6 +64,7 @@ def traces_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one a core)")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the teacher")
     answers = parser.add_mutually_exclusive_group()
     answers.add_argument(
         "--correct-only", dest="keep_wrong", action="store_false", help="drop wrong answers (the default)"
@@ -83,10 +93,17 @@ def docstring(module: str) -> str:
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every verb; each verb's help is its file's docstring."""
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in two lines, without the usage, which is a screenful of options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n'{self.prog} --help' says what is allowed\n")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The whole parser, and that of every verb; each verb's help is its file's docstring."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="distill", description=INTRODUCTION, formatter_class=raw)
+    parser = Parser(prog="distill", description=INTRODUCTION, formatter_class=raw)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, module in VERBS.items():
         text = docstring(module)
@@ -96,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
             OPTIONS[verb](sub)
             continue
         sub.add_argument("target", metavar=TARGETS.get(verb, "CONFIG|RUN"), help="what to work on (see above)")
-        sub.add_argument("overrides", metavar="key=value", nargs="*", help="config values set over the file's")
+        sub.add_argument(
+            "overrides", metavar="key=value", nargs="*", default=[], help="config values set over the file's"
+        )
         if verb in ("score", "place", "swap", "train", "measure"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
         if verb == "sft":
@@ -107,32 +126,68 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if verb == "submit":
             sub.add_argument("--dry-run", action="store_true", help="print the SLURM scripts")
-    return parser
+    return parser, verbs.choices
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a verb; a wrong one ends the program with exit code 2, naming the nearest that is allowed."""
+    parser, verbs = build_parser()
+    if not argv:
+        parser.error(f"which verb? {', '.join(VERBS)}")
+    if not argv[0].startswith("-") and argv[0] not in VERBS:
+        parser.error(f"unknown verb '{argv[0]}'{_nearest(argv[0], VERBS)}; verbs: {', '.join(VERBS)}")
+    args, rest = parser.parse_known_args(argv)
+    for text in rest:
+        if not hasattr(args, "overrides") or "=" not in text or text.startswith("-"):
+            sub = verbs[args.verb]
+            options = re.findall(r"--[a-z-]+", sub.format_help())
+            sub.error(f"unknown argument '{text}'{_nearest(text.split('=')[0], options)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]  # key=value may stand after an option, too
+    return args
+
+
+def _nearest(given: str, allowed: Iterable[str]) -> str:
+    """As ``distill.errors.nearest``, which takes seconds to import."""
+    match = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb. Exit code 0, or 2 with one message for a user's mistake."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if any(args.verb in OPTIONS or "=" not in text or text.startswith("-") for text in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest  # key=value may stand after an option, too
+    """Run a verb. Exit code 0; 2 with one message for what the user can mend; 1 for a bug of ours."""
+    args = parse(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return perform(args)
+    except KeyboardInterrupt as error:
+        name, number = (str(error) or "SIGINT"), getattr(error, "signum", signal.SIGINT)
+        print(f"\ndistill {args.verb}: stopped by {name}; the same command continues", file=sys.stderr)
+        return 128 + number
+    except BrokenPipeError:  # who reads the output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails, too
+        return 141
+    except Exception as error:  # the one place that turns what went wrong into a message and an exit code
+        from stages.failures import explain
+
+        if args.debug:
+            traceback.print_exc()
+        code, text = explain(args.verb, error)
+        print(f"distill {args.verb}: {text}", file=sys.stderr)
+        return code
+
+
+def perform(args: argparse.Namespace) -> int:
+    """Do what was asked; imports come here, because they take seconds."""
     quiet()
-    from distill.errors import UserError
+    from distill import interrupt, lock
+    from distill.storage import full_disk_named
 
     try:
-        return int(importlib.import_module(VERBS[args.verb]).main(args))
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"distill {args.verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ndistill {args.verb}: interrupted; the same command continues", file=sys.stderr)
-        return 130
+        with interrupt.handled(), full_disk_named(Path.cwd()):
+            return int(importlib.import_module(VERBS[args.verb]).main(args))
+    finally:
+        lock.release()
 
 
 def quiet() -> None:

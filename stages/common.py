@@ -11,15 +11,19 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from distill.config import RunConfig, dump_config, load_config
+from distill.config import VERSION, RunConfig, dump_config, load_config
 from distill.data.mixture import check_data
+from distill.data.sources import EMBEDDED
 from distill.errors import UserError
 from distill.hybrid.surgery import check_teacher, hybrid_config
+from distill.lock import hold
 from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, dependents, forget, write_text
 from distill.schedule import Stage
+from distill.storage import full_disk_named
+from distill.teacher import check_files, check_tokenizer, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
-from eval.accuracy import task_manager
+from eval.accuracy import check_tasks
 from stages.context import Context
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
@@ -59,14 +63,19 @@ def open_run(
     if not config.threads and existing.is_file():  # a run keeps its number of threads on another machine
         config.threads = load_config(RunConfig, existing).threads
     threads = set_threads(config.threads)
+    trust_code(config.teacher, config.trust_remote_code)
     model = load_model_config(config.teacher)
     check_teacher(model)
     stages = stages_of(config, model)
     first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
     hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
     if write:
-        check_data(config.data)
-        task_manager([config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice])
+        check_files(config.teacher)
+        sources = [entry.source for entry in config.data.mixture] or [config.data.source]
+        check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
+        check_data(config.data, lambda: load_tokenizer(config.teacher))
+        tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
+        check_tasks(tasks, allow_code=config.measure.allow_code_execution)
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)
     folders = {stage.start.path for stage in stages} - {""}
@@ -75,12 +84,15 @@ def open_run(
     if config.sft.source:
         context.sft_data = data_identity(context.sft_source)
     if write:
-        check_finished(context, also(context) if also else [], force=force)
-        for line in unrecorded(stages):
-            say(f"warning: {line}")
+        more = also(context) if also else []
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(context.run_dir / "run.yaml", dump_config(config))
+            hold(context.run_dir / "run.lock", str(context.run_dir))
+            check_finished(context, more, force=force)
+            for line in unrecorded(stages):
+                say(f"warning: {line}")
+            with full_disk_named(context.run_dir):
+                write_text(context.run_dir / "run.yaml", f"version: {VERSION}\n{dump_config(config)}")
         except OSError as error:
             raise UserError(f"cannot write to run_dir={config.run_dir}: {error.strerror}") from error
     return context
@@ -145,7 +157,13 @@ def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
 
 def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, Stage], bool]) -> int:
     """The main of a verb that does one step of one stage."""
-    context = open_run(args.target, args.overrides, force=args.force)
+
+    def named(context: Context) -> list[Step]:
+        if args.stage is not None:
+            find_stage(context, args.stage, step)  # refused before anything is written
+        return []
+
+    context = open_run(args.target, args.overrides, force=args.force, also=named)
     stage = find_stage(context, args.stage, step)
     if stage is None:
         if args.force:

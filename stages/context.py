@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig, RunConfig
+from distill.config import DataConfig, Origin, RunConfig
 from distill.data.mixture import load_data
-from distill.errors import UserError
+from distill.errors import UserError, choose
+from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
-from distill.records import Step, read_json
+from distill.records import Step, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
@@ -56,13 +57,26 @@ class Context:
             return start.path or self.config.teacher, list(start.mixers) or [ATTENTION] * stage.num_blocks
         source = self.stages[start.stage]
         model = need(self.checkpoint(source, start.step), "train")
-        return str(model), read_json(self.folder(source, "place") / "placement.json")["mixers"]
+        return str(model), self.placement(source)["mixers"]
+
+    def placement(self, stage: Stage) -> dict[str, Any]:
+        """What ``place`` wrote: ``mixers`` (the mixer of every block) and ``added``; UserError for a broken record."""
+        file = self.folder(stage, "place") / "placement.json"
+        record = read_record(file, mixers=list[str], added=list[int])
+        if len(record["mixers"]) != stage.num_blocks:
+            raise UserError(
+                f"{file} is broken: {len(record['mixers'])} mixers for {stage.num_blocks} blocks\n"
+                f"remove {file.parent} and run 'distill place' again"
+            )
+        for mixer in set(record["mixers"]) - {ATTENTION}:
+            choose(f"mixer in {file}:", mixer, available())
+        return record
 
     @property
     def sft_source(self) -> DataConfig:
         """What a fine-tuning is trained on: ``sft.source``, or the run's own data."""
-        source = self.config.sft.source
-        return dataclasses.replace(self.config.data, source=source, mixture=[]) if source else self.config.data
+        own = {field.name: getattr(self.config.sft, field.name) for field in dataclasses.fields(Origin)}
+        return dataclasses.replace(self.config.data, mixture=[], **own) if own["source"] else self.config.data
 
     def rows(
         self, tokenizer: Any, count: int, seed: int, *, held_out: bool = False, data: DataConfig | None = None
@@ -86,13 +100,17 @@ class Context:
         data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
             train.pop(key)
-        data.pop("source" if config.data.mixture else "mixture")  # the one that is not used
+        for unused in dataclasses.fields(Origin) if config.data.mixture else ():
+            data.pop(unused.name)
+        if not config.data.mixture:
+            data.pop("mixture")
         data["content"] = self.data
-        measure = asdict(config.measure)
+        measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         ends: list[dict[str, str]] = []  # the training of every stage
         for stage in self.stages:
             start = stage.start
+            reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
@@ -105,37 +123,64 @@ class Context:
             }
             after = {} if start.stage is None else ends[start.stage]
             for name, values in inputs.items():
-                step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after))
+                step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after), reads[name])
                 steps.append(step)
                 after = {step.name: step.fingerprint}
                 if name == "train":
                     ends.append(after)
         return steps
 
+    def reads(self, stage: Stage) -> dict[str, tuple[Path, ...]]:
+        """What each step of a stage opens of what others wrote."""
+        model: tuple[Path, ...] = (Path(stage.start.path),) if stage.start.path else ()
+        mixers: tuple[Path, ...] = ()
+        if stage.start.stage is not None:
+            source = self.stages[stage.start.stage]
+            model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
+        train = self.folder(stage, "train")
+        return {
+            "score": (*model, *mixers),
+            "place": (self.folder(stage, "score"), *mixers),
+            "swap": (self.folder(stage, "place"), *model),
+            "train": (self.folder(stage, "swap"),),
+            "measure": (train / "checkpoint", train / "train.json"),
+        }
+
     def sft_steps(self, stage: Stage) -> list[Step]:
         """The steps that fine-tune a stage's distilled model, merge it and measure it."""
         config, sft = self.config, self.config.sft
         base = {"seed": config.seed, "dtype": config.dtype}
+        origin = [field.name for field in dataclasses.fields(Origin)]  # it is part of the data
         keys = ("weight_decay", "beta2", "max_grad_norm", "eval_rows", "gradient_checkpointing")
         train = {key: getattr(config.train, key) for key in keys}
-        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", "source")}
+        tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", *origin)}
         data = {**asdict(self.sft_source), "content": self.sft_data}
         inputs = {
             "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
             "merge": {"alpha": sft.alpha},
-            "measure": {**base, "measure": asdict(config.measure), "kernels": config.kernels},
+            "measure": {**base, "measure": self.measured(), "kernels": config.kernels},
         }
         trained = self.step(stage, "train")
+        tuned_model = self.tuned_folder(stage, "train")
+        reads = {
+            "train": (self.checkpoint(stage),),
+            "merge": (self.checkpoint(stage), tuned_model),
+            "measure": (self.tuned_folder(stage, "merge"), tuned_model / "train.json"),
+        }
         steps, after = [], {trained.name: trained.fingerprint}
         for name, values in inputs.items():
             folder = self.tuned_folder(stage, name)
-            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after))
+            steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after, reads[name]))
             after = {steps[-1].name: steps[-1].fingerprint}
         return steps
 
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""
         return {"threads": self.threads, "kernels": self.config.kernels}
+
+    def measured(self) -> dict[str, Any]:
+        """What of the config decides what is measured (consent to run code changes no figure)."""
+        return {key: value for key, value in asdict(self.config.measure).items() if key != "allow_code_execution"}
 
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""

@@ -7,22 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig
-from distill.data.traces import EMBEDDED
+from distill.config import DataConfig, Origin
+from distill.data.mixture import label
+from distill.data.sources import EMBEDDED, files, hub_revision, is_hub
 from distill.records import fingerprint
 from distill.teacher import resolve
 
 
-def content(path: Path) -> str:
-    """A hash of a file: all of it, or for a large one 64 blocks of 1 MiB spread over it, and its size."""
+def content(path: Path, blocks: int = 64) -> str:
+    """A hash of a file: all of it, or for a large one ``blocks`` of 1 MiB spread over it, and its size."""
     size, block = path.stat().st_size, 1 << 20
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        if size <= 64 * block:
+        if size <= blocks * block:
             digest.update(file.read())
         else:
-            for part in range(64):
-                file.seek(part * (size - block) // 63)
+            for part in range(blocks):
+                file.seek(part * (size - block) // (blocks - 1))
                 digest.update(file.read(block))
     return digest.hexdigest()[:16]
 
@@ -40,13 +41,19 @@ def identity(name: str, config: Any) -> str:
 
 
 def data_identity(data: DataConfig) -> str | dict[str, str]:
-    """A fingerprint of the data file, or of each in the mixture; the embedded data follow from the seed."""
+    """A fingerprint of the data, or of each source in the mixture; the embedded data follow from the seed."""
     if data.mixture:
-        return {entry.source: source_identity(entry.source) for entry in data.mixture}
-    return source_identity(data.source)
+        return {label(entry): source_identity(entry) for entry in data.mixture}
+    return source_identity(data)
 
 
-def source_identity(source: str) -> str:
-    """A fingerprint of one source."""
-    path = Path(source).expanduser()
-    return content(path) if source != EMBEDDED and path.is_file() else source
+def source_identity(origin: Origin) -> str:
+    """A fingerprint of one source: the contents of its files and, in a folder, their names; on the hub, the commit."""
+    path = Path(origin.source).expanduser()
+    if origin.source != EMBEDDED and path.is_dir():
+        found = files(origin)
+        blocks = max(256 // max(len(found), 1), 2)  # the begin and the end at least: where Parquet says what it holds
+        return fingerprint([[str(file.relative_to(path)), content(file, blocks)] for file in found])
+    if is_hub(origin.source):
+        return f"commit {hub_revision(origin)}"
+    return next((content(file) for file in files(origin)), origin.source)

@@ -17,6 +17,7 @@ from distill.hybrid.surgery import check_options
 from distill.mixers import ATTENTION, available
 from distill.records import read_json
 from distill.schedule import Stage, build_schedule
+from distill.teacher import check_files
 from distill.teacher import load_config as load_model_config
 
 SHAPE = (
@@ -62,6 +63,7 @@ def _check_hybrid(config: RunConfig, stage: Stage, teacher: Any) -> None:
         raise UserError(f"{where}: {error}") from error
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{where}: the folder holds no weights (*.safetensors)")
+    check_files(str(folder))
     recorded(folder)
 
 
@@ -122,7 +124,9 @@ def misplaced(run_dir: Path, stages: Sequence[Stage]) -> dict[Path, Stage]:
     """Folders of stages that the schedule now gives another number, which is part of their seed."""
     found: dict[Path, Stage] = {}
     for folder in sorted((run_dir / "stages").glob("[0-9]*-H1-*")):
-        name = folder.name.partition("-")[2]
+        number, _, name = folder.name.partition("-")
+        if not number.isdigit() or not folder.is_dir():
+            continue
         stage = next((stage for stage in stages if name == f"H1-{stage.replaced}"), None)
         if stage is not None and folder.name != stage.folder and any(folder.iterdir()):
             found[folder] = stage

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.mixers import set_kernels
-from distill.records import read_json, write_json
+from distill.records import read_record, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
 from eval import accuracy, throughput
@@ -55,7 +55,7 @@ def measure(context: Context, stage: Stage, folder: Path) -> None:
     begin(context, stage, 4)
     spent = {
         "tokens": lineage_tokens(context.config, context.stages, stage),
-        "minutes": read_json(context.folder(stage, "train") / "train.json")["minutes"],
+        "minutes": read_record(context.folder(stage, "train") / "train.json", minutes=float)["minutes"],
     }
     measure_hybrid(context, stage, stage.name, context.checkpoint(stage), spent, folder)
 
@@ -84,6 +84,7 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
         batch_size=options.batch_size,
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
+        allow_code=options.allow_code_execution,
     )
     for line in scores.lines():
         say(line)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.placement import hybrid_name, replace
-from distill.records import read_json, write_json
+from distill.records import read_record, write_json
 from distill.schedule import Stage
 from stages.common import say, stage_main
 from stages.context import Context, need
@@ -29,12 +29,16 @@ def run_stage(context: Context, stage: Stage) -> bool:
 
 
 def place(context: Context, stage: Stage, folder: Path) -> None:
-    scores = read_json(context.folder(stage, "score") / "scores.json")
+    file = context.folder(stage, "score") / "scores.json"
+    scores = read_record(file, order=list[int])
     _, before = context.before(stage)
     if stage.added > len(scores["order"]):
         raise UserError(f"{stage.name} adds {stage.added} blocks, but only {len(scores['order'])} were scored")
     added = sorted(scores["order"][: stage.added])
-    mixers = replace(before, added, context.config.mixer.name)
+    try:
+        mixers = replace(before, added, context.config.mixer.name)
+    except UserError as error:
+        raise UserError(f"{file} is broken: {error}; remove {file.parent} and score again") from error
     name = hybrid_name(stage.replaced, stage.num_blocks)
     write_json(folder / "placement.json", {"name": name, "mixers": mixers, "added": added})
     say(f"{name}: blocks {added} get {context.config.mixer.name}")

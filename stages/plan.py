@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from distill.config import RunConfig
-from distill.data.mixture import describe
+from distill.data.mixture import describe, describe_survey
 from distill.errors import UserError
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
@@ -26,6 +26,7 @@ from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
+from distill.teacher import load_tokenizer, trust_code
 from stages.common import say
 from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.targets import read_config
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
 def teacher_config(config: RunConfig) -> Any:
     """The teacher's config: the one written out in ours, or the teacher's own."""
     if not config.teacher_config:
+        trust_code(config.teacher, config.trust_remote_code)
         result = load_model_config(config.teacher)
         check_teacher(result)
         return result
@@ -129,6 +131,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"training  {train.loss}, tau {train.temperature:g}, sequence {config.data.sequence_length:,}, batch "
         f"{train.batch_size} rows, AdamW at {train.learning_rate:g}, {train.warmup_steps} warm-up steps, linear decay",
         f"data      {describe(config.data)}",
+        *(f"          {line}" for line in ([] if config.teacher_config else data_lines(config))),
         "",
         f"{'stage':12s}{'score':8s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
         f"{'lineage':>10s}{'hours':>9s}  start",
@@ -165,6 +168,11 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
     return lines
+
+
+def data_lines(config: RunConfig) -> list[str]:
+    """What the data hold that can be read here, in rows of the teacher's tokens."""
+    return describe_survey(config.data, lambda: load_tokenizer(config.teacher))
 
 
 def tokens(count: int) -> str:

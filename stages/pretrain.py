@@ -23,12 +23,16 @@ from distill.config import PretrainConfig, dump_config, load_config
 from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.errors import UserError
+from distill.lock import hold
 from distill.records import differences, read_json, write_json, write_text
-from distill.teacher import load_model, load_tokenizer
+from distill.storage import full_disk_named, sync, sync_tree
+from distill.teacher import check_files, load_model, load_tokenizer
+from distill.teacher import load_config as load_model_config
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
+from eval.wellformed import problem
 from stages.common import say, set_threads
-from stages.targets import config_path
+from stages.targets import check_pretrain, config_path
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,8 +46,12 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises UserError where the data cannot be had, or the folder holds a model of another recipe.
     """
-    check_data(config.data)
-    output = Path(config.output)
+    check_pretrain(config)
+    check_data(config.data, build_tokenizer)
+    output = Path(config.output).expanduser()
+    if config.start and not (output / "model.safetensors").is_file():
+        load_model_config(config.start, convertible=False)
+        check_files(config.start)
     settle_recipe(config, output)
     if (output / "model.safetensors").is_file():
         say(f"{output} holds the trained model: nothing is trained")
@@ -75,6 +83,7 @@ def settle_recipe(config: PretrainConfig, output: Path) -> None:
 
 def train(config: PretrainConfig, output: Path) -> None:
     """Train, and write the model as bf16: its weights last, so that where they are all else is too."""
+    hold(output / "train.lock", str(output))
     set_seed(config.seed)
     tokenizer = build_tokenizer()
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
@@ -90,9 +99,12 @@ def train(config: PretrainConfig, output: Path) -> None:
     (output / "scores.json").unlink(missing_ok=True)  # of weights that were there before
     tokenizer.save_pretrained(output)
     partial = output / "model.partial"
-    model.to(torch.bfloat16).save_pretrained(partial)
+    with full_disk_named(output):
+        model.to(torch.bfloat16).save_pretrained(partial)
+        sync_tree(partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "model.safetensors"):
         os.replace(file, output / file.name)
+    sync(output)
     partial.rmdir()
     say(f"wrote {output}")
 
@@ -105,6 +117,7 @@ def score(output: Path) -> accuracy.Scores:
         scores = accuracy.evaluate(model, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100)
         write_json(path, scores.record)
     record: Any = read_json(path)
-    if not isinstance(record, dict) or record.keys() != {"accuracy", "by_distance"}:
+    known = isinstance(record, dict) and record.keys() == {"accuracy", "by_distance"}
+    if not known or problem("measure", {**record, "throughput": []}):
         raise UserError(f"{path} is in another form: remove it, and the same command measures again")
     return accuracy.Scores(record["accuracy"], record["by_distance"])

@@ -9,7 +9,6 @@ and the report with it. Writes ``posttrain/01-H1-5-SFT/{train,merge,measure}``.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import TrainConfig
-from distill.data.traces import check_source
+from distill.data.mixture import check_data, counts_record, describe_rows
 from distill.errors import UserError
 from distill.mixers import set_kernels
 from distill.placement import tuned_name
 from distill.posttrain.merge import merge as average
 from distill.posttrain.sft import fine_tune
-from distill.records import Step, read_json, write_json
+from distill.records import Step, read_record, write_json
 from distill.schedule import Stage
+from distill.storage import new_folder
 from distill.teacher import load_model, load_tokenizer
 from distill.trainer import append_line, heldout_loss, logged_minutes
 from eval.report import table, write_report
 from stages import measure as measuring
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say
 from stages.context import Context, need
-from stages.lineage import lineage_tokens
+from stages.lineage import lineage_tokens, recorded
 
 LOSS = "cross_entropy"
 
@@ -40,7 +40,7 @@ LOSS = "cross_entropy"
 def main(args: argparse.Namespace) -> int:
     def planned(context: Context) -> list[Step]:
         if context.config.sft.source:
-            check_source(context.config.sft.source, context.config.data.mix, "sft.source")
+            check_data(context.sft_source, lambda: load_tokenizer(context.config.teacher), "sft.source")
         return context.sft_steps(pick(context, args.stage))
 
     context = open_run(args.target, args.overrides, force=args.force, also=planned)
@@ -70,7 +70,7 @@ def run_stage(context: Context, stage: Stage) -> bool:
     did = measuring.run_teacher(context)
     works: tuple[Callable[[Context, Stage, Path], None], ...] = (train, merge, measure)
     for step, work in zip(context.sft_steps(stage), works, strict=True):
-        if step.perform(partial(work, context, stage), resumable=work is train):
+        if step.perform(partial(work, context, stage), resumable=work is train, scratch=("checkpoints",)):
             did = True
         else:
             say(f"{name}: {step.folder.name} is done already")
@@ -99,11 +99,14 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     tokenizer = load_tokenizer(config.teacher)
     model = load_model(str(context.checkpoint(stage)))
     set_kernels(model, config.kernels)
-    rows = context.rows(tokenizer, sft.steps * sft.batch_size, seed, data=context.sft_source)
+    data = context.sft_source
+    rows = context.rows(tokenizer, sft.steps * sft.batch_size, seed, data=data)
     heldout = held_out(context, tokenizer)
     tokens = sft.steps * sft.batch_size * config.data.sequence_length
     start = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     say(f"{name}: {sft.steps} steps, {tokens:,} tokens; held-out {LOSS} before {start:.4f}")
+    for line in describe_rows(data, rows, tokenizer):
+        say(f"data: {line}")
     log = folder / "log.jsonl"
     earlier, began = logged_minutes(log), time.monotonic()
     fine_tune(
@@ -115,16 +118,15 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     for step, loss in ((0, start), (sft.steps, end)):
         append_line(log, {"step": step, "eval_loss": loss})
     model.config.use_cache = True
-    model.save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
-    lineage = context.checkpoint(stage) / "lineage.json"
-    if lineage.is_file():
-        entry = {"name": name, "tokens": tokens, "steps": sft.steps}
-        write_json(folder / "checkpoint" / "lineage.json", [*read_json(lineage), entry])
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with new_folder(folder / "checkpoint") as partly:
+        model.save_pretrained(partly)
+        tokenizer.save_pretrained(partly)
+        if (context.checkpoint(stage) / "lineage.json").is_file():
+            entry = {"name": name, "tokens": tokens, "steps": sft.steps}
+            write_json(partly / "lineage.json", [*recorded(context.checkpoint(stage)), entry])
     losses = {"eval_loss_start": start, "eval_loss_end": end}
     spent = {"steps": sft.steps, "tokens": tokens, "minutes": round(minutes, 3)}
-    write_json(folder / "train.json", {**spent, "loss": LOSS, **losses})
+    write_json(folder / "train.json", {**spent, "loss": LOSS, **losses, "data": counts_record(data, rows)})
     say(f"{name}: held-out {LOSS} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
 
 
@@ -137,7 +139,7 @@ def merge(context: Context, stage: Stage, folder: Path) -> None:
     heldout = held_out(context, load_tokenizer(context.config.teacher))
     loss = heldout_loss(model, None, heldout, sft.batch_size, LOSS)
     write_json(folder / "merge.json", {"alpha": sft.alpha, "eval_loss": loss})
-    losses = read_json(tuned / "train.json")
+    losses = read_record(tuned / "train.json", eval_loss_end=float, eval_loss_start=float)
     say(
         f"{tuned_name(stage.name)}: {sft.alpha:g} * SFT + {1 - sft.alpha:g} * {stage.name}; held-out {LOSS} "
         f"{losses['eval_loss_end']:.4f} (SFT), {losses['eval_loss_start']:.4f} ({stage.name}), {loss:.4f} (merged)"
@@ -146,7 +148,7 @@ def merge(context: Context, stage: Stage, folder: Path) -> None:
 
 def measure(context: Context, stage: Stage, folder: Path) -> None:
     begin(context, stage, 6)
-    train = read_json(context.tuned_folder(stage, "train") / "train.json")
+    train = read_record(context.tuned_folder(stage, "train") / "train.json", tokens=int, minutes=float)
     spent = {
         "tokens": lineage_tokens(context.config, context.stages, stage) + train["tokens"],
         "minutes": train["minutes"],

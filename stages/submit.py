@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
 
 def jobs_of(config: RunConfig, target: str, overrides: list[str], stages: list[tuple[str, str]]) -> list[Job]:
     """Every job of a run in order; each depends on the one before it. ``stages`` are (folder, name)."""
+    if not all(part.isprintable() for part in (target, *overrides)):
+        raise UserError("a job script holds its command on one line: give what has line breaks in the config's file")
     jobs: list[Job] = []
     given = " ".join(shlex.quote(part) for part in (target, *overrides))
     for folder, name in stages:
@@ -63,13 +65,15 @@ def batch_script(slurm: SlurmConfig, job: Job, run_dir: str) -> str:
     small = job.step in (*ON_ONE_CORE, "report")
     nodes = slurm.nodes if job.step == "train" else 1
     gpus = 0 if small else slurm.gpus_per_node if job.step == "train" else min(slurm.gpus_per_node, 1)
-    lines = ["#!/bin/bash", f"#SBATCH --job-name={job.name}", f"#SBATCH --nodes={nodes}", "#SBATCH --ntasks-per-node=1"]
+    quote = shlex.quote  # sbatch reads quotes in its lines as a shell does
+    lines = ["#!/bin/bash", f"#SBATCH --job-name={quote(job.name)}", f"#SBATCH --nodes={nodes}"]
+    lines += ["#SBATCH --ntasks-per-node=1"]
     lines += [f"#SBATCH --cpus-per-task={slurm.cpus_per_task}"]
     lines += [f"#SBATCH --gpus-per-node={gpus}"] if gpus else []
-    lines += [f"#SBATCH --mem={'8G' if small else slurm.memory}", f"#SBATCH --time={slurm.time}"]
-    lines += [f"#SBATCH --partition={slurm.partition}"] if slurm.partition else []
-    lines += [f"#SBATCH --account={slurm.account}"] if slurm.account else []
-    lines += [f"#SBATCH --output={run_dir}/slurm/%x-%j.out", "", "set -euo pipefail", *slurm.setup]
+    lines += [f"#SBATCH --mem={quote('8G' if small else slurm.memory)}", f"#SBATCH --time={quote(slurm.time)}"]
+    lines += [f"#SBATCH --partition={quote(slurm.partition)}"] if slurm.partition else []
+    lines += [f"#SBATCH --account={quote(slurm.account)}"] if slurm.account else []
+    lines += [f"#SBATCH --output={quote(f'{run_dir}/slurm/%x-%j.out')}", "", "set -euo pipefail", *slurm.setup]
     command = job.command
     if nodes * gpus > 1:
         command = (

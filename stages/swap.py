@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from distill.hybrid.surgery import hybridize
-from distill.records import read_json
 from distill.schedule import TEACHER, Stage
 from distill.teacher import load_model, load_tokenizer
 from stages.common import begin, say, stage_main
@@ -31,7 +30,7 @@ def run_stage(context: Context, stage: Stage) -> bool:
 def swap(context: Context, stage: Stage, folder: Path) -> None:
     config = context.config
     begin(context, stage, 2)
-    placement = read_json(context.folder(stage, "place") / "placement.json")
+    placement = context.placement(stage)
     start, _ = context.before(stage)
     dtype = config.dtype if stage.start.name == TEACHER else "float32"  # what was trained keeps its float32 weights
     model = load_model(start, dtype)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from distill.config import RunConfig, load_config
-from distill.data.mixture import check_weights
-from distill.errors import UserError, choose, nearest
+import torch
+from transformers import LlamaConfig
+
+from distill.config import PretrainConfig, RunConfig, load_config
+from distill.data.mixture import check_options
+from distill.errors import UserError, brief, choose, nearest
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import LOSSES
 from distill.mixers import available as mixers
-from distill.teacher import DTYPES
+from distill.teacher import DTYPES, check_shape
+
+ABOVE_0 = math.ulp(0.0)  # the smallest number above 0
+LOWEST: dict[str, float] = {
+    r"data\.sequence_length": 2,  # one token has no next one to learn
+    r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
+    r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
+    r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
+    r"measure\.throughput\.(repeats|batches.*|contexts.*)": ABOVE_0,
+    r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
+}
+"""Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
+LARGE = 2**31 - 1  # of any number; it keeps infinity out, too
+FROM_TOKENIZER = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+"""Keys of a model's config that are not the user's to choose."""
+HIGHEST = {"seed": 2**32 - 1, "threads": 1024, "plan.utilisation": 1}
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -30,7 +54,12 @@ def config_path(target: str) -> Path:
     shipped = shipped_configs()
     if path.stem in shipped and (target == path.stem or path == Path("configs") / f"{path.stem}.yaml"):
         return shipped[path.stem]
-    raise UserError(f"no config '{target}'{nearest(target, shipped)}; give a YAML file or one of: {', '.join(shipped)}")
+    near, why = nearest(target, [*shipped, *(str(found) for found in path.parent.glob("*.yaml"))]), ""
+    if path.is_file():
+        near, why = "", ": the name of a YAML file ends in .yaml"
+    elif path.suffix in (".yaml", ".yml"):
+        why = ": there is no such file"
+    raise UserError(f"no config '{target}'{why}{near}; give a YAML file or one of: {', '.join(shipped)}")
 
 
 def read_config(target: str, overrides: list[str]) -> RunConfig:
@@ -53,67 +82,99 @@ def read_config(target: str, overrides: list[str]) -> RunConfig:
 
 def check(config: RunConfig) -> None:
     """Raise UserError for values that no step could work with."""
+    _check_texts(config)
+    check_name(config.name)
+    if not config.run_dir.strip():
+        raise UserError("run_dir is empty: name the folder that the run is to write")
     choose("dtype", config.dtype, DTYPES)
     choose("kernels", config.kernels, ("auto", "reference", "cpu"))
+    if config.kernels == "cpu" and find_spec("numba") is None:
+        raise UserError("kernels=cpu needs numba, which is not installed: pip install numba, or kernels=reference")
+    if config.kernels == "cpu" and torch.cuda.is_available():
+        raise UserError("kernels=cpu runs on the CPU alone, and this machine has a GPU: kernels=auto or reference")
     choose("mixer.name", config.mixer.name, mixers())
     choose("mixer.init", config.mixer.init, initialisations())
-    choose("train.loss", config.train.loss, LOSSES)
-    choose("data.mask", config.data.mask, ("completion", "all"))
-    check_weights(config.data.mixture)
     for name in (config.score.first, config.score.later):
         choose("score", name, scores())
     choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
-    train, sft, throughput = config.train, config.sft, config.measure.throughput
-    positive = {
-        "data.sequence_length": config.data.sequence_length,
-        "train.batch_size": train.batch_size,
-        "train.gradient_accumulation": train.gradient_accumulation,
-        "train.temperature": train.temperature,
-        "train.learning_rate": train.learning_rate,
-        "train.eval_rows": train.eval_rows,
-        "sft.steps": sft.steps,
-        "sft.batch_size": sft.batch_size,
-        "sft.gradient_accumulation": sft.gradient_accumulation,
-        "sft.learning_rate": sft.learning_rate,
-        "plan.utilisation": config.plan.utilisation,
-        "score.mmr.steps": config.score.mmr.steps,
-        "score.mmr.heldout_tokens": config.score.mmr.heldout_tokens,
-        "measure.batch_size": config.measure.batch_size,
-        "measure.throughput.repeats": throughput.repeats,
-        **{f"train.steps_by_stage[{i}]": steps for i, steps in enumerate([*train.steps_by_stage, train.steps])},
-        **{f"train.keep_steps[{i}]": step for i, step in enumerate(train.keep_steps)},
-        **{f"measure.throughput.batches[{i}]": b for i, b in enumerate(throughput.batches)},
-        **{f"measure.throughput.contexts[{i}]": c for i, c in enumerate(throughput.contexts)},
-    }
-    at_least_0 = {
-        "seed": config.seed,
-        "threads": config.threads,
-        "train.warmup_steps": train.warmup_steps,
-        "train.save_steps": train.save_steps,
-        "train.mixer_learning_rate": train.mixer_learning_rate,
-        "train.weight_decay": train.weight_decay,
-        "train.max_grad_norm": train.max_grad_norm,
-        "sft.warmup_steps": sft.warmup_steps,
-        "sft.save_steps": sft.save_steps,
-        "score.loo.questions": config.score.loo.questions,
-        "measure.limit": config.measure.limit,
-        "measure.max_new_tokens": config.measure.max_new_tokens,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{key}={value} must be above 0")
-    for key, value in at_least_0.items():
-        if not value >= 0:
-            raise UserError(f"{key}={value} must be at least 0")
-    if not 0 <= train.beta2 < 1:
-        raise UserError(f"train.beta2={train.beta2} must be in [0, 1)")
+    _check_training(config)
+    throughput, sft = config.measure.throughput, config.sft
     if not throughput.batches or throughput.output_tokens < 2:
         raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
     if not 0 <= sft.alpha <= 1:
         raise UserError(f"sft.alpha={sft.alpha} must be in [0, 1]: merged = alpha * SFT + (1 - alpha) * H1-h")
-    for key, part in (("train", train), ("sft", sft)):
-        if part.batch_size % part.gradient_accumulation:
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Raise UserError for values that no teacher could be trained with."""
+    _check_texts(config)
+    if not config.output.strip():
+        raise UserError("output is empty: name the folder that the teacher is to be written to")
+    _check_training(config)
+    known = LlamaConfig().to_dict().keys() - FROM_TOKENIZER
+    for key in config.model:
+        if key not in known:
+            raise UserError(f"unknown key 'model.{key}'{nearest(key, known)}; allowed: those of a Llama's config.json")
+    try:
+        check_shape("model", LlamaConfig(**config.model))
+    except UserError:
+        raise
+    except Exception as error:  # transformers' validators raise errors of many kinds; each means a bad value
+        raise UserError(f"model is no Llama's config: {brief(error)}") from error
+
+
+def _check_training(config: RunConfig | PretrainConfig) -> None:
+    """Numbers in their ranges, and the parts that both kinds of config share."""
+    choose("train.loss", config.train.loss, LOSSES)
+    check_options(config.data)
+    for key, value in _leaves(config):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        low = next((low for pattern, low in LOWEST.items() if re.fullmatch(pattern, key)), 0)
+        high = HIGHEST.get(key, LARGE)
+        if not value >= low:
+            raise UserError(f"{key}={value} must be {'above 0' if low == ABOVE_0 else f'at least {low}'}")
+        if not value <= high:
+            raise UserError(f"{key}={value} must be at most {high}")
+    if not 0 <= config.train.beta2 < 1:
+        raise UserError(f"train.beta2={config.train.beta2} must be in [0, 1)")
+    for name in ("train", "sft"):
+        part = getattr(config, name, None)
+        if part is not None and part.batch_size % part.gradient_accumulation:
             raise UserError(
-                f"{key}.batch_size={part.batch_size} is not divisible by "
-                f"{key}.gradient_accumulation={part.gradient_accumulation}"
+                f"{name}.batch_size={part.batch_size} is not divisible by "
+                f"{name}.gradient_accumulation={part.gradient_accumulation}"
             )
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every text and number in a config but those of a model's own config."""
+    if is_dataclass(config):
+        parts = {prefix + field.name: getattr(config, field.name) for field in fields(config)}
+    elif isinstance(config, dict):
+        parts = {f"{prefix}{key}": value for key, value in config.items()}
+    else:
+        parts = {f"{prefix.rstrip('.')}[{place}]": value for place, value in enumerate(config)}
+    for key, value in parts.items():
+        if key in ("model", "teacher_config"):
+            continue
+        if is_dataclass(value) or isinstance(value, (dict, list)):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _check_texts(config: RunConfig | PretrainConfig) -> None:
+    """Refuse control characters: in a path or a name they are never meant, and could end a line of a job script."""
+    for key, value in _leaves(config):
+        if isinstance(value, str) and not key.startswith("slurm.setup") and not value.isprintable():
+            raise UserError(f"{key}={value!r} holds characters that cannot be printed, such as a line break")
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a name that could not stand in a file name, as those of jobs and their logs do."""
+    if not name.strip() or "/" in name or "\\" in name or name.startswith((".", "-")) or len(name) > 100:
+        raise UserError(
+            f"name={name[:120]!r} cannot be part of a file name: give 1 to 100 characters without / and \\, "
+            "not beginning with a dot or a dash"
+        )

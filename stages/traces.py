@@ -2,12 +2,16 @@
 
     distill traces --teacher embedded --prompts embedded --output traces.jsonl
     distill traces --teacher /models/my-llama --prompts questions.jsonl --samples 4 --max-new-tokens 4096
+    distill traces --show 3 my.yaml
 
 DATA is ``embedded``, or a JSONL file: a row has ``prompt`` (text) or ``messages``, and may have ``answer``. What is
 dropped: completions that did not end, that are too short, that are there already and, where the row has an answer,
 that do not give it (after the last </think>, or in the last \\boxed{}). The output is ready for
 ``distill run CONFIG data.source=traces.jsonl``; what was dropped and why stands in ``traces.record.json`` beside it.
 Interrupted, the same command continues, and ends with the same file.
+
+With --show nothing is sampled: N packed rows of a CONFIG's data are printed as a training reads them, with where each
+document begins and what is learned (coloured on a terminal, in brackets elsewhere), and what the data hold.
 """
 
 from __future__ import annotations
@@ -21,13 +25,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from distill.config import Origin
 from distill.data.prompts import Prompt, embedded_prompts, read_prompts
 from distill.data.sample import Completion, Question, Sampling, Sieve, render, sample, trace
-from distill.data.traces import EMBEDDED
+from distill.data.sources import EMBEDDED
 from distill.errors import UserError, choose, nearest
-from distill.records import differences, provenance, read_json, write_json, write_text
-from distill.teacher import DTYPES, load_model, load_tokenizer
+from distill.lock import hold
+from distill.records import differences, provenance, read_record, write_json, write_text
+from distill.teacher import DTYPES, load_model, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
+from stages import show
 from stages.common import say, set_threads
 from stages.identity import identity, source_identity
 
@@ -47,20 +54,36 @@ class Files:
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + ".record.json")
 
     @property
+    def lock(self) -> Path:
+        return self.output.with_name(self.output.name + ".lock")
+
+    @property
     def partial(self) -> Path:
         return self.output.with_name(self.output.name + ".partial")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.show is not None:
+        return show.main(args)
+    if not args.teacher or not args.prompts:
+        args.refuse("the following arguments are required: --teacher, --prompts")
+    if args.target or args.overrides:
+        args.refuse(f"unrecognized arguments: {' '.join([args.target, *args.overrides])} (they are for --show)")
     sampling = read_sampling(args)
     files = Files(Path(args.output).expanduser())
     if files.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: give a file")
     prompts = load_prompts(args.prompts, args.limit, args.seed, files)
+    trust_code(args.teacher, args.trust_remote_code)
     teacher = load_model_config(args.teacher, convertible=False)
+    source = source_identity(Origin(source=args.prompts))
     drawn = {
         "teacher": {"name": args.teacher, "content": identity(args.teacher, teacher), "dtype": args.dtype},
-        "prompts": {"source": args.prompts, "content": source_identity(args.prompts), "limit": args.limit},
+        "prompts": {
+            "source": args.prompts,
+            "content": source,
+            "limit": args.limit,
+        },
         "sampling": asdict(sampling),
     }
     settings = {**drawn, "filters": {"min_tokens": args.min_tokens, "keep_wrong": args.keep_wrong}}
@@ -124,7 +147,7 @@ def is_done(files: Files, settings: dict[str, Any], force: bool) -> bool:
         raise UserError(f"{files.output} is there, and not of this command's making: give another --output")
     if force:
         return False
-    refuse_other(files.output, read_json(files.record)["settings"], settings)
+    refuse_other(files.output, read_record(files.record, settings=dict)["settings"], settings)
     return True
 
 
@@ -149,6 +172,7 @@ class Partial:
         self.batches: list[list[Completion]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            hold(files.lock, str(files.output))
             if force:
                 files.output.unlink(missing_ok=True)
                 path.unlink(missing_ok=True)

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.checkpoints import checkpoints_of
+from distill.data.mixture import counts_record, describe_rows
 from distill.mixers import set_kernels
 from distill.records import read_json, write_json
 from distill.schedule import Stage
+from distill.storage import new_folder
 from distill.teacher import Teacher, load_model, load_tokenizer
 from distill.trainer import (
     DistillTrainer,
@@ -34,6 +36,9 @@ from stages.common import HELD_OUT_SEED, begin, say, stage_main
 from stages.context import Context, need
 from stages.lineage import kept, lineage
 
+SCRATCH = ("checkpoints", "start.json")
+"""What only a resumption needs."""
+
 
 def main(args: argparse.Namespace) -> int:
     return stage_main(args, "train", run_stage)
@@ -42,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
 def run_stage(context: Context, stage: Stage) -> bool:
     """Distil one stage; returns whether there was anything to do."""
     need(context.folder(stage, "swap"), "swap")
-    return context.step(stage, "train").perform(lambda folder: train(context, stage, folder), resumable=True)
+    step = context.step(stage, "train")
+    return step.perform(lambda folder: train(context, stage, folder), resumable=True, scratch=SCRATCH)
 
 
 def train(context: Context, stage: Stage, folder: Path) -> None:
@@ -61,24 +67,20 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         return heldout_loss(student, teacher, heldout, options.batch_size, options.loss, options.temperature)
 
     def save(target: Path, step: int | None = None) -> None:
-        cache, student.config.use_cache = student.config.use_cache, True
-        student.save_pretrained(target)
-        student.config.use_cache = cache
-        tokenizer.save_pretrained(target)
-        write_json(target / "lineage.json", lineage(config, context.stages, stage, step))
-
-    def keep(step: int) -> None:
-        target, partial = kept(folder, step), folder / "steps" / "partial"
-        for path in (target, partial):
-            shutil.rmtree(path, ignore_errors=True)
-        save(partial, step)
-        os.replace(partial, target)
+        with new_folder(target) as partial:
+            cache, student.config.use_cache = student.config.use_cache, True
+            student.save_pretrained(partial)
+            student.config.use_cache = cache
+            tokenizer.save_pretrained(partial)
+            write_json(partial / "lineage.json", lineage(config, context.stages, stage, step))
 
     start_file = folder / "start.json"
     if not start_file.is_file():
         write_json(start_file, held_out_loss())
     start = read_json(start_file)
     say(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
+    for line in describe_rows(config.data, rows, tokenizer):
+        say(f"data: {line}")
     rewind(folder, stage.keep)
     earlier, began = logged_minutes(log), time.monotonic()
     arguments = training_arguments(options, stage.steps, folder / "checkpoints", seed, config.dtype)
@@ -89,7 +91,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         arguments,
         title=stage.name,
         log=log,
-        callbacks=[KeepSteps(stage.keep, keep)],
+        callbacks=[KeepSteps(stage.keep, lambda step: save(kept(folder, step), step))],
         teacher=teacher,
         loss=options.loss,
         temperature=options.temperature,
@@ -100,8 +102,6 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
     for step, loss in ((0, start), (stage.steps, end)):
         append_line(log, {"step": step, "eval_loss": loss})
     save(folder / "checkpoint")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    start_file.unlink()
     write_json(
         folder / "train.json",
         {
@@ -112,6 +112,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
             "loss": options.loss,
             "eval_loss_start": start,
             "eval_loss_end": end,
+            "data": counts_record(config.data, rows),
         },
     )
     say(f"{stage.name}: held-out {options.loss} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
@@ -120,7 +121,7 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
 def rewind(folder: Path, keep: Sequence[int]) -> None:
     """Remove the checkpoints of an unfinished training that lie past a step which is to be kept and was not."""
     first = min((step for step in keep if not kept(folder, step).is_dir()), default=math.inf)
-    late = [path for path in folder.glob("checkpoints/checkpoint-*") if int(path.name.split("-")[1]) >= first]
+    late = [path for step, path in checkpoints_of(folder / "checkpoints").items() if step >= first]
     for path in late:
         shutil.rmtree(path)
     if late:

@@ -234,3 +234,20 @@ def test_colons_need_no_space_on_the_command_line() -> None:
     config = merge_config(RunConfig, [], ["data.mix={add:3,sort: 1}", "slurm.setup=['a:b']"])
     assert config.data.mix == {"add": 3.0, "sort": 1.0}
     assert config.slurm.setup == ["a:b"]
+
+
+def test_one_source_of_a_mixture_can_be_changed(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {mixture: [{source: embedded}, {source: a.jsonl, weight: 3}]}\nschedule: [3, 4]\n")
+    texts = ["data.mixture.1.weight=2", "data.mixture.0.columns.text=body", "schedule.1=5"]
+    config = load_config(RunConfig, path, texts)
+    assert config.data.mixture == [SourceConfig("embedded", columns={"text": "body"}), SourceConfig("a.jsonl", 2.0)]
+    assert config.schedule == [3, 5]
+    for text, message in {
+        "data.mixture.2.weight=1": r"data\.mixture has 2 items",
+        "data.mixture.0.wieght=1": r"unknown key 'data\.mixture\[0\]\.wieght' \(did you mean 'weight'\?\)",
+        "data.mixture.0.weight=heavy": "heavy",
+        "data.mixture.0=5": r"data\.mixture\[0\]: expected \{source",
+        "schedule.0.x=1": "expected a whole number",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_config(RunConfig, path, [text])

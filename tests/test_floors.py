@@ -10,12 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
-STAGES = "pretrain traces plan score place swap train measure sft merge bench report export quantize status cancel"
+STAGES = "pretrain traces show plan score place swap train measure sft merge bench report export quantize status cancel"
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
 # A package's __init__ is named by itself: distill/__init__.py registers the hybrids, so it lives on their floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("distill.errors", "distill.config", "distill.placement", "distill.schedule", "distill.records"),  # F0
+    (
+        "distill.errors",
+        "distill.config",
+        "distill.placement",
+        "distill.schedule",
+        "distill.records",
+        "distill.storage",
+        "distill.checkpoints",
+        "distill.interrupt",
+        "distill.lock",
+        "distill.weights",
+    ),  # F0
     (
         "distill.ops",
         "distill.ops.*",
@@ -30,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distill.teacher",),
     ("distill.trainer",),  # F5
     ("distill.importance", "distill.importance.*", "distill.posttrain", "distill.posttrain.*"),
-    ("eval", "eval.backends", "eval.backends.*"),
+    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
     (
         "eval.accuracy",
         "eval.loglikelihood",
@@ -46,6 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages",
         "stages.common",
         "stages.context",
+        "stages.failures",
         "stages.identity",
         "stages.lineage",
         "stages.targets",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from distill import records
 from distill.errors import UserError
 from distill.records import Step, differences, fingerprint, provenance, read_json, write_json, write_text
+from distill.storage import DiskFull
 
 INPUTS = {"seed": 0, "train": {"steps": 10, "learning_rate": 1e-3}}
 
@@ -257,3 +259,111 @@ def test_a_forgotten_step_is_done_again(tmp_path: Path) -> None:
     assert not other.partial.exists()
     other.forget()
     assert other.perform(work)
+
+
+def two_steps(run: Path) -> tuple[Step, Step]:
+    """A swap that is done, and a training that reads its result."""
+    stage = run / "stages" / "01-H1-5"
+    swap = Step("01-H1-5/swap", stage / "swap", INPUTS, {})
+
+    def swap_work(folder: Path) -> None:
+        (folder / "checkpoint").mkdir()
+        work(folder / "checkpoint")
+
+    swap.perform(swap_work)
+    return swap, Step("01-H1-5/train", stage / "train", INPUTS, {swap.name: swap.fingerprint}, (swap.folder,))
+
+
+def test_a_step_notes_the_checksums_of_its_files(tmp_path: Path) -> None:
+    swap, _ = two_steps(tmp_path)
+    digest = hashlib.sha256(b"right").hexdigest()
+    assert read_json(swap.folder / "step.json")["files"] == {"checkpoint/result.txt": {"size": 5, "sha256": digest}}
+
+
+@pytest.mark.parametrize("part", ["", "checkpoint", "checkpoint/result.txt", "other.txt"])
+def test_a_damaged_file_stops_the_step_that_reads_it(tmp_path: Path, part: str) -> None:
+    swap, step = two_steps(tmp_path)
+    step = Step(step.name, step.folder, step.inputs, step.after, (swap.folder / part,))
+    file = swap.folder / "checkpoint" / "result.txt"
+    file.write_text("wrong")
+    os.utime(file, (1, 1))
+    if part == "other.txt":
+        assert step.perform(work), "only what it reads is looked at"
+        return
+    with pytest.raises(UserError) as caught:
+        step.perform(lambda _: pytest.fail("the work was begun"))
+    message = str(caught.value)
+    assert f"{file} is damaged: its checksum is another; step 01-H1-5/swap wrote it" in message
+    assert f"distill swap {tmp_path} --stage 1 --force" in message
+    assert message.count("\n") <= 4
+    assert not step.partial.exists()
+    swap.check()
+
+
+def test_a_step_from_before_there_were_checksums_is_taken_as_it_is(tmp_path: Path) -> None:
+    swap, step = two_steps(tmp_path)
+    record = read_json(swap.folder / "step.json")
+    del record["files"]
+    write_json(swap.folder / "step.json", record)
+    assert step.perform(work)
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, resumable: bool) -> None:
+    """But for what a resumable step goes on from."""
+    swap, step = two_steps(tmp_path)
+
+    def full(folder: Path) -> None:
+        work(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskFull, match="No space left"):
+        step.perform(full, resumable=resumable)
+    assert step.partial.exists() == resumable and not step.done
+    assert swap.done
+    assert step.perform(work, resumable=resumable)
+
+
+def test_what_only_a_resumption_needs_goes_once_all_else_is_known_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the checksums are taken, a training still has its checkpoints."""
+    step, calls = make(tmp_path), []
+
+    def train(folder: Path) -> None:
+        calls.append((folder / "checkpoints").exists())
+        (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+        write_text(folder / "start.json", "1")
+        work(folder)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"resumable": True, "scratch": ("checkpoints", "start.json")}
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "checksums", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.perform(train, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(records.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.perform(train, **options)
+    step.perform(train, **options)
+    assert calls == [False, True], "the third time, all but the removal is done"
+    assert sorted(path.name for path in step.folder.iterdir()) == ["result.txt", "step.json"]
+    assert read_json(step.folder / "step.json")["files"].keys() == {"result.txt"}
+
+
+def test_what_is_half_forgotten_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swap, step = two_steps(tmp_path)
+    step.perform(work)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            records.forget([swap, step], {swap.name})
+    assert not step.done, "what depends on another goes first"
+    assert swap.done

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +17,15 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import TrainerCallback
 
+from distill import interrupt
+from distill.checkpoints import checkpoints_of, fault
 from distill.config import MixerConfig, TrainConfig
 from distill.data.pack import IGNORE, collate
+from distill.data.traces import EmbeddedTraces
 from distill.errors import UserError
 from distill.hybrid.surgery import hybridize
 from distill.losses import distillation_loss
+from distill.storage import DiskFull
 from distill.teacher import RememberingTeacher, Teacher
 from distill.trainer import DistillTrainer, LanguageTrainer, fit, heldout_loss, training_arguments
 
@@ -193,6 +201,108 @@ def test_resumed_equals_uninterrupted(llama: Any, traces: Traces, tmp_path: Path
     assert trainer.seen == [4, 4, 5, 5, 6, 6, 7, 7], "it goes on from the checkpoint"
     assert same_bits(whole, resumed)
     assert events(tmp_path / "cut.jsonl") == events(tmp_path / "whole.jsonl")
+
+
+OPTIONS: dict[str, Any] = {"steps": 8, "save_steps": 2, "weight_decay": 0.1, "loss": "annealed_kl"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_llama: Callable[..., Any], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Eight steps of which nothing came in the way: the weights, the log, and the folder of checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = EmbeddedTraces(tokenizer, 32, 64, {"mod": 1.0, "add": 1.0, "sort": 1.0}, 0)
+    student, _ = train(make_llama(), rows, folder / "out", log=folder / "log.jsonl", **OPTIONS)
+    return student, events(folder / "log.jsonl"), folder / "out"
+
+
+def test_checkpoints_are_whole_and_few(uninterrupted: Any) -> None:
+    found = checkpoints_of(uninterrupted[2])
+    assert list(found) == [8, 6]
+    for path in found.values():
+        assert fault(path) is None
+        assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
+            file.name for file in path.iterdir()
+        }
+    assert sorted(path.name for path in uninterrupted[2].iterdir()) == ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("at", [8, 6, 0])
+def test_a_damaged_checkpoint_is_passed_over(
+    llama: Any, traces: Traces, tmp_path: Path, uninterrupted: Any, capsys: Any, at: int
+) -> None:
+    """From the last checkpoint (nothing is left to do), from the one before where that is damaged, or from none."""
+    whole, log, made = uninterrupted
+    out = shutil.copytree(made, tmp_path / "out")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"loss": 0, **event}) + "\n" for event in log))
+    damaged = [path for step, path in checkpoints_of(out).items() if step > at]
+    for path in damaged:
+        content = bytearray((path / "optimizer.pt").read_bytes())
+        content[-200] ^= 1
+        (path / "optimizer.pt").write_bytes(content)
+    torch.manual_seed(99)
+    student, _ = train(llama, traces(32), out, log=tmp_path / "log.jsonl", **OPTIONS)
+    said = capsys.readouterr().out
+    for path in damaged:
+        assert f"test: {path} is passed over: optimizer.pt is damaged" in said
+    assert (f"test: continuing from {out / f'checkpoint-{at}'}" in said) == (at > 0)
+    assert same_bits(whole, student)
+    assert events(tmp_path / "log.jsonl") == log
+    assert all(fault(path) is None for path in checkpoints_of(out).values())
+
+
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_a_signal_stops_after_a_step_and_its_checkpoint(
+    llama: Any, traces: Traces, tmp_path: Path, uninterrupted: Any, number: signal.Signals
+) -> None:
+    class Signalled(DistillTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == 4:
+                os.kill(os.getpid(), number)
+            return super().training_step(*args, **kwargs)
+
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(interrupt.Stopped) as caught, interrupt.handled():
+        train(llama, traces(32), tmp_path / "out", trainer=Signalled, log=log, **OPTIONS)
+    assert caught.value.signum == number
+    assert list(checkpoints_of(tmp_path / "out")) == [5, 4]
+    student, _ = train(llama, traces(32), tmp_path / "out", log=log, **OPTIONS)
+    assert same_bits(uninterrupted[0], student)
+    assert events(log) == uninterrupted[1]
+
+
+def test_a_signal_stops_a_training_of_which_nothing_is_kept_at_once(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    class Signalled(DistillTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the step is finished")
+
+    with pytest.raises(interrupt.Stopped), interrupt.handled():
+        train(llama, traces(8), tmp_path / "out", trainer=Signalled, steps=2)
+    assert not checkpoints_of(tmp_path / "out")
+
+
+def test_a_checkpoint_without_room_leaves_the_earlier_ones(
+    llama: Any, traces: Traces, tmp_path: Path, uninterrupted: Any
+) -> None:
+    """The system refuses files as large as the optimizer's from the third checkpoint on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Starved(DistillTrainer):
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            if self.state.global_step == 6:
+                size = (tmp_path / "out/checkpoint-4/optimizer.pt").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+            super()._save_checkpoint(*args, **kwargs)
+
+    try:
+        with pytest.raises(DiskFull, match="cannot write to .*MiB free: too little"):
+            train(llama, traces(32), tmp_path / "out", trainer=Starved, log=tmp_path / "log.jsonl", **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert all(fault(path) is None for path in checkpoints_of(tmp_path / "out").values())
+    student, _ = train(llama, traces(32), tmp_path / "out", log=tmp_path / "log.jsonl", **OPTIONS)
+    assert same_bits(uninterrupted[0], student)
 
 
 def test_what_decays(make_llama: Callable[..., Any], traces: Traces, tmp_path: Path) -> None:

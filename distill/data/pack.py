@@ -1,4 +1,4 @@
-"""Chats to packed rows: template, completion mask, and packing that keeps documents apart.
+"""Documents to packed rows that keep documents apart.
 
 Legend: R = rows, T = sequence length. A packed row holds several documents; ``position_ids`` start at 0 in
 each, which is how every mixer (attention masks and Mamba states alike) tells where one begins.
@@ -8,95 +8,97 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
-
-from distill.data.boundary import continuation
-from distill.errors import UserError
 
 IGNORE = -100  # label of a token that is not a target
 OPEN_ROWS = 32  # rows kept open by first-fit packing
+TOO_LONG = ("cut", "split", "drop")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised chat: ``ids[n]`` and ``completion``, the index of the first token to learn."""
+    """One tokenised example: ``ids[n]``, and ``labels[n]``: the same, or IGNORE where nothing is learned."""
 
     ids: list[int]
-    completion: int
+    labels: list[int]
+
+    @property
+    def completion(self) -> int:
+        """The index of the first token to learn; n where there is none."""
+        return next((place for place, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict[str, str]]], mask: str) -> list[Document]:
-    """Render and tokenise chats; with ``mask="completion"`` only the last assistant turn is learned.
+@dataclass
+class Counts:
+    """What went into packed rows, and what did not."""
 
-    Raises UserError where a chat does not end with the assistant, or where the template does not render
-    the prompt as a prefix of the whole chat (then no mask could be right).
+    read: int = 0
+    """Documents taken from the source."""
+    too_long: int = 0
+    """Those among them that are longer than a row."""
+    lost: int = 0
+    """Tokens that were cut off, or dropped with their document."""
+    rows: int = 0
+    documents: int = 0
+    """Documents in the rows; pieces of a document that was split count one each."""
+    tokens: int = 0
+    targets: int = 0
+    """Tokens that are learned."""
+    padding: int = 0
+    """Places in the rows that hold no token."""
+
+    def describe(self, length: int, too_long: str) -> str:
+        """One line of text."""
+        share = lambda part, whole: f"{100 * part / max(whole, 1):.1f}%"  # noqa: E731
+        done = {"cut": "cut", "split": "split", "drop": "dropped"}[too_long]
+        longer = f", {self.too_long:,} longer than {length:,} {done} ({self.lost:,} tokens lost)"
+        return (
+            f"{self.read:,} documents read{longer if self.too_long else ''}; {self.rows:,} rows of {length:,} hold "
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.targets:,} learned "
+            f"({share(self.targets, self.tokens)}), {share(self.padding, self.tokens + self.padding)} padding"
+        )
+
+
+def fit(documents: Iterable[Document], length: int, too_long: str, counts: Counts) -> Iterator[Document]:
+    """Documents of at most ``length`` tokens: a longer one is ``cut`` to it, ``split`` into pieces that are documents
+    of their own (their masks kept), or left out (``drop``)."""
+    for document in documents:
+        counts.read += 1
+        size = len(document.ids)
+        if size <= length:
+            yield document
+            continue
+        counts.too_long += 1
+        if too_long == "split":
+            for start in range(0, size, length):
+                yield Document(document.ids[start : start + length], document.labels[start : start + length])
+        elif too_long == "cut":
+            counts.lost += size - length
+            yield Document(document.ids[:length], document.labels[:length])
+        else:
+            counts.lost += size
+
+
+def pack(
+    documents: Iterable[Document], length: int, pad: int, too_long: str = "cut", counts: Counts | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """First-fit packing of whole documents into rows of ``length`` tokens; ``too_long`` is what ``fit`` does.
+
+    Yields ``input_ids``, ``labels``, ``position_ids``, each int64 [T], and adds to ``counts`` as it goes. Labels are
+    not shifted (the model shifts); the first token of a document is never a target, nor is padding, which counts as a
+    document of its own.
     """
-    if chats and tokenizer.chat_template is None:
-        raise UserError("the teacher's tokenizer has no chat template, which messages and the embedded traces need")
-    for chat in chats:
-        check_chat(chat)
-    whole = [tokenizer.apply_chat_template(c, tokenize=False) for c in chats]
-    prompts = [tokenizer.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
-    for text, prompt in zip(whole, prompts, strict=True):
-        if not text.startswith(prompt):
-            raise UserError(f"the chat template does not render a prompt as a prefix of its chat: {prompt[:60]!r}")
-    return encode_texts(tokenizer, prompts, whole, mask)
-
-
-def check_messages(chat: Any) -> None:
-    """Raise UserError unless ``chat`` is a list of mappings with a role and a content of text."""
-    if not isinstance(chat, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in chat):
-        raise UserError("messages must be a list of mappings with a role and a content")
-    if not all(isinstance(m.get("content"), str) for m in chat):
-        raise UserError("the content of every message must be text")
-
-
-def check_chat(chat: Any) -> None:
-    """Raise UserError unless ``chat`` is a list of role/content messages that ends with the assistant's."""
-    check_messages(chat)
-    if not chat or chat[-1]["role"] != "assistant":
-        raise UserError("a chat must end with an assistant turn (the completion to learn)")
-
-
-def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], wholes: Sequence[str], mask: str
-) -> list[Document]:
-    """Tokenise texts whose prompts are prefixes; the first completion token is where the prompt's ids end.
-
-    Where a token would span prompt and completion, the two are tokenised apart, as generation sees them.
-    """
-    if not wholes:
-        return []
-    ids = tokenizer(list(wholes), add_special_tokens=False)["input_ids"]
-    heads = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    documents: list[Document] = []
-    for row, head, prompt, whole in zip(ids, heads, prompts, wholes, strict=True):
-        if row[: len(head)] != head:
-            row = head + continuation(tokenizer, whole[len(prompt) :])
-        documents.append(Document(row, len(head) if mask == "completion" else 1))
-    return documents
-
-
-def pack(documents: Iterable[Document], length: int, pad: int) -> Iterator[dict[str, torch.Tensor]]:
-    """First-fit packing of whole documents into rows of ``length`` tokens.
-
-    Yields ``input_ids``, ``labels``, ``position_ids``, each int64 [T]. Labels are not shifted (the model
-    shifts); the first token of a document is never a target, nor is padding, which counts as a document
-    of its own. A document longer than ``length`` is cut to it.
-    """
+    counts = Counts() if counts is None else counts
     rows: list[list[Document]] = []
     free: list[int] = []
-    for document in documents:
-        document = Document(document.ids[:length], document.completion)
+    for document in fit(documents, length, too_long, counts):
         need = len(document.ids)
         place = next((i for i, room in enumerate(free) if room >= need), None)
         if place is None:
             if len(rows) == OPEN_ROWS:
                 fullest = min(range(OPEN_ROWS), key=free.__getitem__)
-                yield _row(rows.pop(fullest), length, pad)
+                yield _row(rows.pop(fullest), length, pad, counts)
                 free.pop(fullest)
             rows.append([])
             free.append(length)
@@ -104,19 +106,23 @@ def pack(documents: Iterable[Document], length: int, pad: int) -> Iterator[dict[
         rows[place].append(document)
         free[place] -= need
     for row in rows:
-        yield _row(row, length, pad)
+        yield _row(row, length, pad, counts)
 
 
-def _row(documents: list[Document], length: int, pad: int) -> dict[str, torch.Tensor]:
+def _row(documents: list[Document], length: int, pad: int, counts: Counts) -> dict[str, torch.Tensor]:
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
     for document in documents:
-        first = max(document.completion, 1)
         ids += document.ids
-        labels += [IGNORE] * min(first, len(document.ids)) + document.ids[first:]
+        labels += [IGNORE, *document.labels[1:]] if document.ids else []
         positions += range(len(document.ids))
     rest = length - len(ids)
+    counts.rows += 1
+    counts.documents += len(documents)
+    counts.tokens += len(ids)
+    counts.padding += rest
+    counts.targets += sum(label != IGNORE for label in labels)
     return {
         "input_ids": torch.tensor(ids + [pad] * rest),
         "labels": torch.tensor(labels + [IGNORE] * rest),

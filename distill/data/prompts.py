@@ -15,9 +15,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from distill.data.examples import check_messages
 from distill.data.families import FAMILIES, draw
 from distill.data.jsonl import read_rows
-from distill.data.pack import check_messages
 from distill.errors import UserError, nearest
 
 END_OF_THOUGHT = "</think>"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from distill.config import MixerConfig
-from distill.errors import UserError
+from distill.errors import UserError, choose
 from distill.mixers import ATTENTION, mixer_class
 
 MIXER_KEYS = ("d_state", "d_conv", "mil_layout", "z_init", "conv_init", "bc_norm")
@@ -44,8 +44,15 @@ class HybridConfigMixin:
 
     @classmethod
     def resolved(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Mixer options with those filled in that follow from the family."""
-        return {**options, "bc_norm": cls.qk_norm if options["bc_norm"] is None else options["bc_norm"]}
+        """Mixer options with ``bc_norm`` as True or False, as a checkpoint keeps it.
+
+        Raises UserError for a choice that there is not.
+        """
+        chosen = options["bc_norm"]
+        if isinstance(chosen, str):
+            choices = {"auto": cls.qk_norm, "always": True, "never": False}
+            chosen = choices[choose("mixer.bc_norm", chosen, choices)]
+        return {**options, "bc_norm": chosen}
 
     @property
     def layer_types(self) -> list[str]:

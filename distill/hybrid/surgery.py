@@ -46,7 +46,8 @@ def obstacles(config: Any) -> list[str]:
         found.append("multi-head latent attention (MLA), which has no key and value projections to start from")
     if experts := given("num_local_experts", "num_experts", "n_routed_experts"):
         found.append(f"a mixture of experts (MoE, {experts}={getattr(text, experts)})")
-    if layers & {"sliding_attention", "chunked_attention"} or (not layers and window is not None):
+    everywhere = window is not None and not hasattr(text, "use_sliding_window")  # no key says which blocks have it
+    if everywhere or layers & {"sliding_attention", "chunked_attention"}:
         found.append(f"sliding-window attention (sliding_window={window})")
     if cap := given("attn_logit_softcapping", "final_logit_softcapping"):
         found.append(f"logit softcapping ({cap}={getattr(text, cap)}), which the chunked loss does not apply")

@@ -54,7 +54,7 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32))
         self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=out_bias)
         self.b_norm = self.c_norm = None
-        if options["bc_norm"]:
+        if options["bc_norm"] is True:
             self.b_norm, self.c_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
         self.reset_parameters()
 

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distill.errors import UserError
 from distill.placement import ATTENTION
 from distill.records import differences, read_json, write_json
+from distill.storage import full_disk_named, sync, sync_tree
+from distill.weights import headers, tensor_files
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 COPIED = (".json", ".jinja", ".model", ".txt")
 """Endings of the files that the merged checkpoint takes from A: config, tokenizer, generation config, index."""
@@ -64,17 +64,20 @@ def merge(a: Path, b: Path, alpha: float, output: Path) -> dict[str, Any]:
     try:
         if temporary.exists():  # of a merge that was killed
             shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        for path in sorted(a.iterdir()):
-            if path.is_file() and path.suffix in COPIED and path.name not in ("merge.json", "lineage.json"):
-                shutil.copyfile(path, temporary / path.name)
-        for name, keys in files.items():
-            save_file(dict(averages(a, b, keys, alpha)), temporary / name, metadata={"format": "pt"})
-        record = {"a": str(a), "b": str(b), "alpha": alpha}
-        write_json(temporary / "merge.json", record)
-        if (lineage := merged_lineage(a, b, alpha)) is not None:
-            write_json(temporary / "lineage.json", lineage)
+        with full_disk_named(output.parent):
+            temporary.mkdir(parents=True)
+            for path in sorted(a.iterdir()):
+                if path.is_file() and path.suffix in COPIED and path.name not in ("merge.json", "lineage.json"):
+                    shutil.copyfile(path, temporary / path.name)
+            for name, keys in files.items():
+                save_file(dict(averages(a, b, keys, alpha)), temporary / name, metadata={"format": "pt"})
+            record = {"a": str(a), "b": str(b), "alpha": alpha}
+            write_json(temporary / "merge.json", record)
+            if (lineage := merged_lineage(a, b, alpha)) is not None:
+                write_json(temporary / "lineage.json", lineage)
+            sync_tree(temporary)
         os.replace(temporary, output)
+        sync(output.parent)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}") from error
     finally:
@@ -145,48 +148,17 @@ def check_tensors(a: Path, b: Path) -> dict[str, list[str]]:
     return files
 
 
-def headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Tensor -> (dtype, shape), from the headers alone."""
-    found: dict[str, tuple[str, list[int]]] = {}
-    places = tensor_files(folder)
-    for name in sorted(set(places.values())):
-        with _open(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
-                part = file.get_slice(key)
-                found[key] = (part.get_dtype(), list(part.get_shape()))
-    if lacking := sorted(places.keys() - found.keys()):
-        raise UserError(f"{folder / INDEX} names tensors that its files lack, such as {lacking[0]}")
-    return found
-
-
-def tensor_files(folder: Path) -> dict[str, str]:
-    """Tensor -> the file of ``folder`` that holds it; one file, or the shards that an index names."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return {str(key): str(name) for key, name in read_json(index)["weight_map"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} has no weight_map: the checkpoint is broken") from error
-    with _open(folder / WEIGHTS) as file:
-        return dict.fromkeys(file.keys(), WEIGHTS)
-
-
 def merged_lineage(a: Path, b: Path, alpha: float) -> list[dict[str, Any]] | None:
     """A's lineage (what its tokens were spent on) and an entry for the merge; None where either has none."""
     left, right = (folder / "lineage.json" for folder in (a, b))
     if not (left.is_file() and right.is_file()):
         return None
     entries, others = read_json(left), read_json(right)
+    for file, content in ((left, entries), (right, others)):
+        if not isinstance(content, list):
+            raise UserError(f"{file} is broken: expected a list; mend it, or remove it to count no tokens")
     name = next((entry.get("name") for entry in reversed(others) if isinstance(entry, dict)), None)
     return [*entries, {"name": f"merged with {name or b} (alpha {alpha:g})", "tokens": 0, "steps": 0}]
-
-
-def _open(path: Path) -> Any:
-    """A safetensors file, opened; UserError where it is missing or broken."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _describe(header: tuple[str, list[int]]) -> str:

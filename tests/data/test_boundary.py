@@ -10,11 +10,18 @@ import pytest
 import torch
 
 from distill.data.boundary import beyond, continuation
-from distill.data.pack import encode, encode_texts
+from distill.data.chat import Rendered, encode, tokenise
+from distill.data.pack import Document
 from distill.data.sample import Sampling, sample
 
 KINDS = ("byte_level", "metaspace", "prepend", "unigram")
 MakeTokenizer = Callable[[str], Any]
+
+
+def tokenised(tokenizer: Any, prompt: str, completion: str) -> Document:
+    end = len(prompt + completion)
+    (document,) = tokenise(tokenizer, [Rendered(prompt + completion, [(len(prompt), end)])], "completion")
+    return document
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -28,7 +35,7 @@ def test_a_completion_goes_on_where_its_prompt_ends(make_tokenizer: MakeTokenize
     for _ in range(200):
         start, cut, end = sorted(rng.sample(range(len(text) + 1), 3))
         prompt, completion = text[start:cut], text[cut:end]
-        (document,) = encode_texts(tokenizer, [prompt], [prompt + completion], "completion")
+        document = tokenised(tokenizer, prompt, completion)
         head, rest = document.ids[: document.completion], document.ids[document.completion :]
         assert head == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert rest, "something is learned"

@@ -1,4 +1,4 @@
-"""Packing: every document once and whole, labels and positions right; encoding and its refusals."""
+"""Packing: every document once and whole, labels and positions right, what is too long by each policy, counts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.data.pack import IGNORE, OPEN_ROWS, Document, collate, encode, encode_texts, pack
-from distill.data.tokenizer import build_tokenizer
-from distill.errors import UserError
+from distill.data.pack import IGNORE, OPEN_ROWS, TOO_LONG, Counts, Document, collate, fit, pack
 
 PAD = 0
-CHAT = [{"role": "user", "content": "sort 21"}, {"role": "assistant", "content": "<think>2 12</think>12"}]
+
+
+def document(ids: list[int], first: int) -> Document:
+    """Learned from index ``first`` on."""
+    return Document(ids, [IGNORE] * min(first, len(ids)) + ids[first:])
 
 
 @st.composite
@@ -26,7 +28,7 @@ def corpora(draw: st.DrawFn) -> tuple[list[Document], int]:
     sizes = draw(st.lists(st.integers(1, length), max_size=80))
     documents, first = [], 1
     for size in sizes:
-        documents.append(Document(list(range(first, first + size)), draw(st.integers(0, size + 2))))
+        documents.append(document(list(range(first, first + size)), draw(st.integers(0, size + 2))))
         first += size
     return documents, length
 
@@ -84,7 +86,7 @@ def test_a_row_is_closed_when_too_many_are_open() -> None:
 
     def endless() -> Iterator[Document]:
         while True:
-            yield Document([7] * 3, 1)
+            yield document([7] * 3, 1)
 
     rows = pack(endless(), 4, PAD)
     assert all(next(rows)["input_ids"].tolist() == [7, 7, 7, PAD] for _ in range(3 * OPEN_ROWS))
@@ -94,7 +96,7 @@ def test_a_row_is_closed_when_too_many_are_open() -> None:
 def test_the_fullest_row_is_closed_and_the_others_stay(seed: int) -> None:
     """Past OPEN_ROWS: rows of mixed sizes, none overfull, nothing lost."""
     rng = random.Random(seed)
-    documents = [Document([i] * rng.choice([5, 6, 7, 9, 11]), 1) for i in range(1, 400)]
+    documents = [document([i] * rng.choice([5, 6, 7, 9, 11]), 1) for i in range(1, 400)]
     rows = list(pack(documents, 16, PAD))
     assert len(rows) > OPEN_ROWS
     assert {tuple(row["input_ids"].shape) for row in rows} == {(16,)}
@@ -103,19 +105,19 @@ def test_the_fullest_row_is_closed_and_the_others_stay(seed: int) -> None:
 
 
 def test_the_order_of_first_fit() -> None:
-    documents = [Document([1] * 3, 1), Document([2] * 4, 1), Document([3], 1), Document([4], 1)]
+    documents = [document([1] * 3, 1), document([2] * 4, 1), document([3], 1), document([4], 1)]
     assert [row["input_ids"].tolist() for row in pack(documents, 5, PAD)] == [[1, 1, 1, 3, 4], [2, 2, 2, 2, PAD]]
 
 
 def test_a_document_too_long_is_cut() -> None:
-    (row,) = pack([Document(list(range(1, 10)), 3)], 5, PAD)
+    (row,) = pack([document(list(range(1, 10)), 3)], 5, PAD)
     assert row["input_ids"].tolist() == [1, 2, 3, 4, 5]
     assert row["labels"].tolist() == [IGNORE, IGNORE, IGNORE, 4, 5]
     assert row["position_ids"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_completion_beyond_the_cut_is_no_target() -> None:
-    (row,) = pack([Document(list(range(1, 10)), 7)], 5, PAD)
+    (row,) = pack([document(list(range(1, 10)), 7)], 5, PAD)
     assert row["labels"].tolist() == [IGNORE] * 5
 
 
@@ -124,52 +126,65 @@ def test_nothing_gives_nothing() -> None:
 
 
 def test_collate() -> None:
-    rows = list(pack([Document([i] * 4, 1) for i in range(1, 4)], 4, PAD))
+    rows = list(pack([document([i] * 4, 1) for i in range(1, 4)], 4, PAD))
     batch = collate(rows)
     assert {name: tuple(value.shape) for name, value in batch.items()} == dict.fromkeys(rows[0], (3, 4))
     assert batch["input_ids"][:, 0].tolist() == [1, 2, 3]
 
 
-def test_encode_learns_the_completion_or_everything() -> None:
-    tokenizer = build_tokenizer()
-    (document,) = encode(tokenizer, [CHAT], "completion")
-    assert tokenizer.decode(document.ids[: document.completion]) == "<|user|>sort 21<|assistant|>"
-    assert tokenizer.decode(document.ids[document.completion :]) == "<think>2 12</think>12<|end|>"
-    (everything,) = encode(tokenizer, [CHAT], "all")
-    assert (everything.ids, everything.completion) == (document.ids, 1)
+@st.composite
+def long_corpora(draw: st.DrawFn) -> tuple[list[Document], int]:
+    """Documents of distinct tokens, some longer than a row, learned in any places."""
+    length = draw(st.integers(2, 12))
+    documents, first = [], 1
+    for size in draw(st.lists(st.integers(0, 40), max_size=30)):
+        ids = list(range(first, first + size))
+        documents.append(Document(ids, [token if draw(st.booleans()) else IGNORE for token in ids]))
+        first += size
+    return documents, length
 
 
-def test_encode_learns_only_the_last_turn() -> None:
-    tokenizer = build_tokenizer()
-    (document,) = encode(tokenizer, [[*CHAT, {"role": "user", "content": "sort 3"}, CHAT[1]]], "completion")
-    assert tokenizer.decode(document.ids[: document.completion]).endswith("12<|end|><|user|>sort 3<|assistant|>")
+@given(long_corpora(), st.sampled_from(TOO_LONG))
+def test_what_is_too_long(corpus: tuple[list[Document], int], policy: str) -> None:
+    """``split``: the pieces concatenate to the document; ``cut``: its beginning; ``drop``: nothing; masks go along."""
+    documents, length = corpus
+    counts = Counts()
+    fitted = list(fit(documents, length, policy, counts))
+    assert all(len(piece.ids) <= length for piece in fitted)
+    kept = {
+        "split": documents,
+        "cut": [Document(d.ids[:length], d.labels[:length]) for d in documents],
+        "drop": [d for d in documents if len(d.ids) <= length],
+    }[policy]
+    for name in ("ids", "labels"):
+        assert [t for piece in fitted for t in getattr(piece, name)] == [t for d in kept for t in getattr(d, name)]
+    assert counts.read == len(documents)
+    assert counts.too_long == sum(len(d.ids) > length for d in documents)
+    assert counts.lost == sum(len(d.ids) for d in documents) - sum(len(d.ids) for d in kept)
 
 
-@pytest.mark.parametrize("chat", [[], CHAT[:1], [CHAT[1], CHAT[0]]])
-def test_a_chat_without_a_last_word_is_refused(chat: list[dict[str, str]]) -> None:
-    with pytest.raises(UserError, match="must end with an assistant turn"):
-        encode(build_tokenizer(), [CHAT, chat], "completion")
+@given(long_corpora(), st.sampled_from(TOO_LONG))
+def test_every_target_is_counted_once(corpus: tuple[list[Document], int], policy: str) -> None:
+    """What the counts say is what the rows hold, and that is every piece: no token lost or made on the way."""
+    documents, length = corpus
+    counts = Counts()
+    rows = list(pack(documents, length, PAD, policy, counts))
+    pieces = list(fit(documents, length, policy, Counts()))
+    tokens = [token for row in rows for token in row["input_ids"].tolist() if token != PAD]
+    targets = [label for row in rows for label in row["labels"].tolist() if label != IGNORE]
+    assert sorted(tokens) == sorted(token for piece in pieces for token in piece.ids)
+    assert sorted(targets) == sorted(label for piece in pieces for label in piece.labels[1:] if label != IGNORE)
+    assert len(set(targets)) == len(targets)
+    assert (counts.rows, counts.documents) == (len(rows), len(pieces))
+    assert (counts.tokens, counts.targets) == (len(tokens), len(targets))
+    assert counts.padding == length * len(rows) - len(tokens)
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="does not render a prompt as a prefix"):
-        encode(tokenizer, [CHAT], "completion")
-
-
-def test_encode_texts() -> None:
-    tokenizer = build_tokenizer()
-    first, second = encode_texts(tokenizer, ["sort 21", ""], ["sort 2112", "add"], "completion")
-    assert (tokenizer.decode(first.ids), first.completion) == ("sort 2112", 4)
-    assert (tokenizer.decode(second.ids), second.completion) == ("add", 0)
-
-
-def test_a_token_that_spans_prompt_and_completion_is_not_made() -> None:
-    """``from a`` + ``dd 1`` would tokenise as one ``add`` before a space: then nothing of it could be learned."""
-    tokenizer = build_tokenizer()
-    (document,) = encode_texts(tokenizer, ["from a"], ["from add 1"], "completion")
-    apart = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("from a", "dd 1")]
-    assert document.ids == apart[0] + apart[1]
-    assert document.completion == len(apart[0])
-    assert tokenizer("from add 1", add_special_tokens=False)["input_ids"] != document.ids
+def test_counts_as_text() -> None:
+    counts = Counts()
+    list(pack([document([1] * 12, 4), document([2] * 3, 0)], 8, PAD, "split", counts))
+    assert counts.describe(8, "split") == (
+        "2 documents read, 1 longer than 8 split (0 tokens lost); 2 rows of 8 hold 3 documents, 15 tokens, "
+        "9 learned (60.0%), 6.2% padding"
+    )
+    assert "longer" not in Counts(read=2).describe(8, "drop")

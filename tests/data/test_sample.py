@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from distill.data.pack import encode, encode_texts
+from distill.data.chat import encode, encode_examples
+from distill.data.examples import parse_row
 from distill.data.prompts import Prompt, embedded_prompts
 from distill.data.sample import Completion, Question, Sampling, Sieve, end_tokens, render, sample, trace
 from distill.data.tokenizer import build_tokenizer
@@ -108,8 +109,7 @@ def test_a_trace_trains_on_what_was_read_and_said(template: str) -> None:
     if "messages" in row:
         (document,) = encode(tokenizer, [row["messages"]], "completion")
     else:
-        whole = row["prompt"] + row["completion"] + tokenizer.eos_token
-        (document,) = encode_texts(tokenizer, [row["prompt"]], [whole], "completion")
+        (document,) = encode_examples(tokenizer, [parse_row(row, {})], "completion")
     assert document.ids[: document.completion] == question.ids
     assert tokenizer.decode(document.ids[document.completion :]) == said + "<|end|>"
 

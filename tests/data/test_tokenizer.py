@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import distill.data
+from distill.data.chat import encode
 from distill.data.families import DIGITS, FAMILIES, LETTERS
-from distill.data.pack import encode
 from distill.data.tokenizer import END, SYMBOLS, VOCAB_SIZE, WORDS, build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from distill.config import MixerConfig
 from distill.errors import UserError
+from distill.hybrid.config import mixer_options
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config, hybridize
 
@@ -192,6 +193,20 @@ def test_families_with_full_attention_are_taken(family: str) -> None:
     if family in ("qwen2", "qwen3"):
         beyond = AutoConfig.for_model(family, use_sliding_window=True, max_window_layers=99, **window)
         assert check_convertible(beyond) == family
+
+
+def test_a_hybrid_with_a_window_is_refused_too() -> None:
+    """Whatever its layer types say: Mistral's attention looks at the window alone."""
+    with pytest.raises(UserError, match="sliding_window=16"):
+        check_convertible(AutoConfig.for_model("hybrid_mistral", sliding_window=16))
+
+
+def test_options_that_a_checkpoint_does_not_name_follow_from_its_family() -> None:
+    shape = {"num_hidden_layers": 2, "mixers": [A, M], "layer_types": ["full_attention"] * 2}
+    for family, norms in (("llama", False), ("qwen3", True)):
+        config = AutoConfig.for_model(f"hybrid_{family}", mixer_config={"d_state": 8}, **shape)
+        assert config.mixer_config == {**mixer_options(MixerConfig()), "d_state": 8, "bc_norm": norms}
+        assert config.layer_types == ["full_attention", "linear_attention"], "whatever the file says"
 
 
 def test_a_hybrid_of_ours_is_no_teacher(hybrid: Any, llama: Any) -> None:

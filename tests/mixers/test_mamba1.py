@@ -224,15 +224,17 @@ def test_mil_copies_the_norms_that_qwen3_has(make_model: Callable[..., Any]) -> 
     assert hybrid.config.mixer_config["bc_norm"] is True
     further = hybridize(hybrid, ["mamba1", "mamba1", "attention", "attention"], MixerConfig())
     assert torch.equal(further.model.layers[0].self_attn.b_norm.weight, mixer.b_norm.weight)
-    without = hybridize(teacher, placement, MixerConfig(bc_norm=False))
+    without = hybridize(teacher, placement, MixerConfig(bc_norm="never"))
     assert without.model.layers[0].self_attn.b_norm is None
     with pytest.raises(UserError, match=r"mixer.bc_norm=True, but the mixers already there have bc_norm=False"):
         hybridize(without, ["mamba1", "mamba1", "attention", "attention"], MixerConfig())
+    with pytest.raises(UserError, match="unknown mixer.bc_norm 'alway' .did you mean 'always'"):
+        hybridize(teacher, placement, MixerConfig(bc_norm="alway"))
 
 
 @pytest.mark.parametrize("init", ["mil", "fresh"])
 def test_norms_can_be_asked_for_where_the_teacher_has_none(llama: Any, init: str) -> None:
-    hybrid = hybridize(llama, ["mamba1", *["attention"] * 3], MixerConfig(bc_norm=True, init=init))
+    hybrid = hybridize(llama, ["mamba1", *["attention"] * 3], MixerConfig(bc_norm="always", init=init))
     mixer = hybrid.model.layers[0].self_attn
     assert mixer.b_norm.weight.eq(1).all() and mixer.c_norm.weight.eq(1).all()
     default = hybridize(llama, ["mamba1", *["attention"] * 3], MixerConfig(init=init)).model.layers[0].self_attn

@@ -151,7 +151,7 @@ def test_changed_inputs_are_refused_and_forced(run: Path, capsys: pytest.Capture
     assert not list(tuned.glob("*/step.json"))
 
 
-class Cut(Exception):
+class Cut(BaseException):
     """What a kill would be."""
 
 

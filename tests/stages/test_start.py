@@ -169,7 +169,7 @@ def test_another_run_starts_from_a_folder(made: Path, tmp_path: Path, capsys: py
     assert row[6:8] == ["1.02k", "1.02k"] and row[9] == f"{tmp_path}/moved"
 
 
-class Cut(Exception):
+class Cut(BaseException):
     """What a kill would be."""
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import stages.traces
+from distill import lock
+from distill.config import Origin
 from distill.data.sample import Completion
 from distill.data.tokenizer import build_tokenizer
 from distill.data.traces import read_documents
@@ -56,7 +58,7 @@ def test_rows_record_and_filters(folder: Path, capsys: pytest.CaptureFixture[str
         {"role": "assistant", "content": "<think>3 13 123</think>123"},
     ]
     tokenizer = build_tokenizer()
-    documents = read_documents(folder / "t.jsonl", tokenizer, "completion")
+    documents = read_documents(Origin(source=str(folder / "t.jsonl")), tokenizer, "completion")
     assert [len(d.ids) - d.completion - 1 for d in documents] == [row["tokens"] for row in made]
 
     record = json.loads((folder / "t.record.json").read_text())
@@ -130,6 +132,18 @@ def test_filters_can_change_before_the_end(folder: Path, capsys: pytest.CaptureF
     assert run(*greedy) == 0
     assert "continuing after batch 1 of 1" in capsys.readouterr().out
     assert len(rows(folder / "t.jsonl")) == 3
+
+
+def test_the_second_process_on_one_output_is_told_of_the_first(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "t.jsonl.lock").write_text(json.dumps({**lock.myself(), "host": "node7", "pid": 7}))
+    assert run("--temperature", "0", "--limit", "1") == 2
+    assert "t.jsonl is in use: host node7, pid 7" in capsys.readouterr().err
+    assert not (folder / "t.jsonl.partial").exists()
+    (folder / "t.jsonl.lock").unlink()
+    assert run("--temperature", "0", "--limit", "1") == 0
+    assert not (folder / "t.jsonl.lock").exists()
 
 
 def test_embedded_prompts(folder: Path) -> None:
