@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from distill.config import VERSION, RunConfig, dump_config, load_config
+from distill.config import VERSION, RunConfig
+from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError

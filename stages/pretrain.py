@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from distill.config import PretrainConfig, dump_config, load_config
+from distill.config import PretrainConfig
+from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.errors import UserError

@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 
-from distill.config import RunConfig, merge_config
+from distill.config import RunConfig
+from distill.config_merge import merge_config
 from distill.data.mixture import check_data, describe, describe_rows, describe_survey, load_data
 from distill.data.show import COLOUR, PLAIN, show_row
 from distill.errors import UserError

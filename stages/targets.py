@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from distill.config import PretrainConfig, RunConfig, load_config
+from distill.config import PretrainConfig, RunConfig
+from distill.config_merge import load_config
 from distill.data.mixture import check_options
 from distill.errors import UserError, brief, choose, nearest
 from distill.importance import available as scores

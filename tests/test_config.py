@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.config import PretrainConfig, RunConfig, SourceConfig, dump_config, load_config, merge_config
+from distill.config import PretrainConfig, RunConfig, SourceConfig
+from distill.config_merge import dump_config, load_config, merge_config
 from distill.data.families import FAMILIES
 from distill.errors import UserError
 from distill.losses import LOSSES

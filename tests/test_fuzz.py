@@ -17,7 +17,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.config import PretrainConfig, RunConfig, load_config, merge_config
+from distill.config import PretrainConfig, RunConfig
+from distill.config_merge import load_config, merge_config
 from distill.data.prompts import read_prompts
 from distill.data.traces import read_documents
 from distill.errors import UserError

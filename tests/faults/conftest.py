@@ -98,13 +98,17 @@ class Lab:
         found, expected = results(run), self.expected
         return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
-    def building(self, run: Path, stage: str) -> list[str]:
-        """The checkpoints of a stage's training that are being written (in ``partial``, before they get a name)."""
+    def building(self, run: Path, stage: str, since: float = 0.0) -> list[str]:
+        """The checkpoints of a stage's training that are being written (in ``partial``, before they get a name).
+
+        ``since``: when the process was started; what an earlier one left half written is older, and does not count.
+        """
         train = run / "stages" / stage / "train.partial"
         found: list[str] = []
         for inner in ("checkpoints", "steps", ""):
             with suppress(FileNotFoundError):
-                found += [f"{inner}/{name}" for name in os.listdir(train / inner / "partial")]
+                paths = list((train / inner / "partial").iterdir())
+                found += [f"{inner}/{path.name}" for path in paths if path.stat().st_mtime > since]
         return found
 
 

@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("FAULTS_KILLS", "60"))
 SEED = os.environ.get("FAULTS_SEED", "0")
 JOBS = int(os.environ.get("FAULTS_JOBS", "2"))
 STAGES = ("01-H1-1", "02-H1-2")
-IN_A_STAGE = ("score", "place", "swap", *["checkpoint"] * 2, "train", *["checkpoint"] * 2, "measure")
+IN_A_STAGE = ("score", "place", "swap", *["checkpoint"] * 3, "train", *["checkpoint"] * 3, "measure")
 PLAN = [("teacher", "measure"), *((stage, what) for stage in STAGES for what in IN_A_STAGE), ("", "report")]
 POLL = 0.0005
 
@@ -48,6 +48,7 @@ class Chain:
     hits: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{SEED} {self.number}")
@@ -70,6 +71,7 @@ class Chain:
     def attempt(self, stage: str, what: str) -> None:
         """Wait for one place, then a random part of the time that it takes, and kill. A place that is past is left."""
         if self.process is None:
+            self.started = time.time()
             self.process = self.lab.start(self.run)
         if what == "checkpoint":
             there, past = self.appearance(stage), step_folder(self.run, stage, what)
@@ -100,11 +102,11 @@ class Chain:
 
     def appearance(self, stage: str) -> Callable[[], bool]:
         """A condition that comes true with the next checkpoint that begins to be written, or the one after that."""
-        wanted, seen = self.rng.randint(1, 2), set(self.lab.building(self.run, stage))
+        wanted, seen = self.rng.randint(1, 2), set(self.lab.building(self.run, stage, self.started))
         first = len(seen)
 
         def there() -> bool:
-            seen.update(self.lab.building(self.run, stage))
+            seen.update(self.lab.building(self.run, stage, self.started))
             return len(seen) >= first + wanted
 
         return there
@@ -117,7 +119,7 @@ class Chain:
             return
         self.process = None
         partial = [path.name for path in self.run.rglob("*.partial") if path.is_dir()]
-        if any(self.lab.building(self.run, stage) for stage in STAGES):
+        if any(self.lab.building(self.run, stage, self.started) for stage in STAGES):
             self.hits.append("checkpoint write")
         elif partial:
             self.hits.append(partial[0].removesuffix(".partial").replace("teacher", "measure"))

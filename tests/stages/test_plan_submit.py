@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.config import RunConfig, SlurmConfig, load_config
+from distill.config import RunConfig, SlurmConfig
+from distill.config_merge import load_config
 from distill.hybrid.model import FAMILIES
 from stages.cli import main
 from stages.plan import sizes, teacher_config

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from distill.config import PretrainConfig, SourceConfig, load_config
+from distill.config import PretrainConfig, SourceConfig
+from distill.config_merge import load_config
 from eval import accuracy
 from stages import pretrain
 from stages.cli import main
