@@ -131,11 +131,13 @@ class Mixer(nn.Module):
             conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
             if hidden_states.shape[1] == 1 and document_starts is None and not torch.is_grad_enabled():
                 x, b, c = self._heads(causal_conv1d_update(conv_state, xbc[:, 0], taps, bias))
-                y = ssd_update(scan_state, x, dt[:, 0], a, b, c, self.D)
+                y = ssd_update(scan_state, x, dt[:, 0], a, b, c, self.D, kernel=self.kernels)
                 return self.out_proj(self._gated_norm(y.unsqueeze(1), z)), None
         xbc, conv_state = causal_conv1d(xbc, taps, bias, reset=document_starts, initial_state=conv_state)
         x, b, c = self._heads(xbc)
-        y, scan_state = ssd(x, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state)
+        y, scan_state = ssd(
+            x, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
+        )
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(scan_state, self.layer_idx)

@@ -1,21 +1,32 @@
-"""State space duality: the scan of the `mamba2` mixer in chunks of matrix products, and its step for decoding.
+"""State space duality: the scan of the `mamba2` mixer, its step for decoding, and the choice of their kernels.
 
-Source: Mamba-2 (arXiv:2405.21060, section 6, listing 1): within a chunk the scan is a masked, decaying form of
-attention; between chunks only the states at their ends are carried on.
+Source: Mamba-2 (arXiv:2405.21060): a decay a head and token in place of one a channel and state, which lets the scan be
+written in matrix products.
 
-    B = batch, T = tokens, H = heads, P = channels a head, N = states a channel, G = groups of B and C,
-    K = chunks, Q = tokens a chunk
+    B = batch, T = tokens, H = heads, P = channels a head, N = states a channel, G = groups of B and C
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import logging
+from types import ModuleType
+
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from distill.ops.selective_scan_reference import compute_dtype
+from distill.errors import nearest
 
-CHUNK = 64
+logger = logging.getLogger(__name__)
+
+# A kernel is a module with `scan` and `update`, imported when first used.
+KERNELS = {
+    "cpu": "distill.ops.ssd_cpu",
+    "chunked": "distill.ops.ssd_chunked",
+    "reference": "distill.ops.ssd_reference",
+}
 
 
 def ssd(
@@ -28,7 +39,7 @@ def ssd(
     *,
     reset: Tensor | None = None,
     initial_state: Tensor | None = None,
-    chunk: int = CHUNK,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Scan ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`` and read ``y_t = h_t C_t + D x_t``, head by head.
 
@@ -43,86 +54,69 @@ def ssd(
         D: skip weights ``[H]``.
         reset: ``[B, T]`` bool; where True, a document starts: the state is zeroed before this token.
         initial_state: state before the first token ``[B, H, P, N]`` (zero if None; dropped by a reset at t = 0).
-        chunk: tokens a chunk Q; what it is changes the last bits only.
+        kernel: ``auto`` (cpu for CPU tensors, otherwise chunked), ``cpu``, ``chunked`` or ``reference``.
 
     Returns:
         y ``[B, T, H, P]`` in x's dtype, and the final state ``[B, H, P, N]`` in float32 (float64 if computed so),
         detached: no gradient flows through a carried state into the tokens before.
 
     Raises:
-        ValueError: a wrong shape or dtype; raised before any work.
+        ValueError: a wrong shape, dtype or kernel; raised before any work.
     """
-    _check(x, dt, A, B, C, D, reset, initial_state, chunk)
-    dtype, out_dtype = compute_dtype(x, dt, A, B, C, D), x.dtype
-    batch, length, heads, width = x.shape
-    groups, states = B.shape[2:]
-    per_group = heads // groups
-    chunk = min(chunk, length)
-    short = -length % chunk
-    skip = D.to(dtype)[:, None] * x.to(dtype)
-
-    def chunks(tensor: Tensor, *trailing: int) -> Tensor:
-        """``[B, T, ...]`` to ``[B, K, ..., Q, last]``, zeros after the last token."""
-        tensor = pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, short)) if short else tensor
-        return tensor.reshape(batch, -1, chunk, *trailing).movedim(2, -2)
-
-    step = dt.to(dtype)
-    u = chunks(x.to(dtype) * step[..., None], groups, per_group, width)  # [B, K, G, H/G, Q, P]
-    b, c = chunks(B.to(dtype), groups, states), chunks(C.to(dtype), groups, states)  # [B, K, G, Q, N]
-    # Sums of dt A in float64: differences of float32 sums would lose what a small step adds to a large sum.
-    log = chunks(step.double() * A.double(), heads).movedim(-1, -2).unflatten(2, (groups, per_group))
-    document = None if reset is None else chunks(reset[..., None].long(), 1)[..., 0].cumsum(-1)  # [B, K, Q]
-
-    seen = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    if document is not None:  # only tokens of one's own document
-        seen = seen & (document[..., :, None] == document[..., None, :])
-        seen = seen[:, :, None, None]  # [B, K, 1, 1, Q, Q]
-    # Summed from the start of each document: a sum across documents would let one change the last bits of the next.
-    total = log.cumsum(-1) if document is None else (seen.double() @ log[..., None])[..., 0]  # [B, K, G, H/G, Q]
-    within = (total[..., :, None] - total[..., None, :]).masked_fill(~seen, -torch.inf).to(dtype).exp()
-    y = ((c @ b.mT)[:, :, :, None] * within) @ u  # [B, K, G, H/G, Q, P]
-
-    to_end, from_start = total[..., -1:] - total, total
-    if document is not None:
-        other = document[..., None, None, :]
-        to_end = to_end.masked_fill(other != other[..., -1:], -torch.inf)
-        from_start = from_start.masked_fill(other != 0, -torch.inf)
-    to_end, from_start = to_end.to(dtype).exp(), from_start.to(dtype).exp()  # [B, K, G, H/G, Q]
-    added = (u * to_end[..., None]).mT @ b[:, :, :, None]  # [B, K, G, H/G, P, N]
-    kept = from_start[..., -1, None, None]  # [B, K, G, H/G, 1, 1]
-    state = x.new_zeros(batch, groups, per_group, width, states, dtype=dtype)
-    if initial_state is not None:
-        state = initial_state.to(dtype).unflatten(1, (groups, per_group))
-    before = []
-    for keep, new in zip(kept.unbind(1), added.unbind(1), strict=True):
-        before.append(state)
-        state = keep * state + new
-    carried = c[:, :, :, None] @ torch.stack(before, 1).mT  # [B, K, G, H/G, Q, P]
-    y = y + carried * from_start[..., None]
-    y = y.movedim(-2, 2).reshape(batch, -1, heads, width)[:, :length] + skip
-    return y.to(out_dtype), state.flatten(1, 2).detach()
+    chosen = _choose(kernel, x)
+    _check(x, dt, A, B, C, D, reset, initial_state)
+    y, final_state = chosen.scan(x, dt, A, B, C, D, reset, initial_state)
+    return y, final_state
 
 
-@torch.no_grad()
-def ssd_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def ssd_update(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, kernel: str = "auto"
+) -> Tensor:
     """One token of `ssd` for decoding: overwrites ``state`` and returns y; not differentiable.
 
     Args:
-        state: ``[B, H, P, N]``, float32 or float64; computed in its dtype.
+        state: ``[B, H, P, N]``, float32 (or float64) and contiguous; computed in its dtype.
         x: ``[B, H, P]``. dt: ``[B, H]``. A, D: ``[H]``. B, C: ``[B, G, N]``.
+        kernel: as in `ssd`.
 
     Returns:
         y ``[B, H, P]`` in x's dtype.
+
+    Raises:
+        ValueError: a wrong shape, dtype or kernel; the state is then unchanged.
     """
-    dtype = state.dtype
-    heads = state.shape[1]
-    step = dt.to(dtype)
-    u = x.to(dtype)
-    b, c = (tensor.to(dtype).repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (B, C))
-    state.mul_(torch.exp(step * A.to(dtype))[..., None, None])
-    state.add_((u * step[..., None])[..., None] * b[:, :, None])
-    y = (state @ c[..., None])[..., 0] + D.to(dtype)[:, None] * u
-    return y.to(x.dtype)
+    chosen = _choose(kernel, x)
+    if x.ndim != 3 or B.ndim != 3 or state.ndim != 4:
+        raise ValueError(f"x must be [B, H, P], got {list(x.shape)}; B [B, G, N], got {list(B.shape)}")
+    _check(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, None, state)
+    if state.dtype not in (torch.float32, torch.float64) or not state.is_contiguous():
+        raise ValueError(
+            "state must be contiguous float32 or float64 to be updated in place, "
+            f"got {state.dtype} with strides {state.stride()}"
+        )
+    y: Tensor = chosen.update(state, x, dt, A, B, C, D)
+    return y
+
+
+def _choose(kernel: str, x: Tensor) -> ModuleType:
+    device = x.device.type
+    if kernel == "cpu" and device != "cpu":
+        raise ValueError(f"kernel 'cpu' needs CPU tensors, got device '{device}'; use 'auto', 'chunked' or 'reference'")
+    return _resolve(kernel, device)
+
+
+@functools.cache
+def _resolve(kernel: str, device: str) -> ModuleType:
+    allowed = ("auto", *KERNELS)
+    if kernel not in allowed:
+        raise ValueError(f"unknown kernel '{kernel}'{nearest(kernel, allowed)}; allowed: {', '.join(allowed)}")
+    name = kernel
+    if kernel == "auto":
+        compiled = device == "cpu" and importlib.util.find_spec("numba") is not None
+        name = "cpu" if compiled else "chunked"
+    # The cache around this function is what makes the line appear once per device.
+    logger.info("state space duality on %s: kernel '%s' (asked for '%s')", device, name, kernel)
+    return importlib.import_module(KERNELS[name])
 
 
 def _check(
@@ -134,14 +128,13 @@ def _check(
     D: Tensor,
     reset: Tensor | None,
     initial_state: Tensor | None,
-    chunk: int,
 ) -> None:
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(f"x must be [B, T, H, P] and B [B, T, G, N], got {list(x.shape)} and {list(B.shape)}")
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
-    if length == 0 or chunk < 1:
-        raise ValueError(f"need at least one token and one token a chunk, got T={length}, Q={chunk}")
+    if length == 0:
+        raise ValueError(f"x must hold at least one token, got {list(x.shape)}")
     if groups == 0 or heads % groups:
         raise ValueError(f"the number of heads H={heads} must be a multiple of the groups G={groups}")
     wanted = {

@@ -38,3 +38,11 @@ def scan(
         state = torch.exp(dt_t * A)[..., None, None] * state + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]
         outputs.append((state * C_t[:, :, None]).sum(-1) + D[:, None] * x_t)
     return torch.stack(outputs, dim=1).to(out_dtype), state.detach()
+
+
+@torch.no_grad()
+def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """One step of `scan` that overwrites ``state [B, H, P, N]``; shapes as in `distill.ops.ssd.ssd_update`."""
+    y, new_state = scan(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, initial_state=state)
+    state.copy_(new_state)
+    return y[:, 0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.ops import ssd_reference
+from distill.ops import ssd_chunked, ssd_cpu, ssd_reference
 from distill.ops.ssd import ssd, ssd_update
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -59,7 +59,7 @@ def test_fp32_is_within_1e_4_of_the_plain_recurrence(shape: Any, chunk: int, pac
     tensors = operands(*shape)
     reset = starts(*shape[:2]) if packed else None
     expected = gradients(ssd_reference.scan, tensors, reset)
-    found = gradients(ssd, [tensor.float() for tensor in tensors], reset, chunk=chunk)
+    found = gradients(ssd_chunked.scan, [tensor.float() for tensor in tensors], reset, chunk=chunk)
     for name, value in expected.items():
         error = (found[name].double() - value).norm() / value.norm().clamp(min=1e-12)
         assert error < 1e-4, (name, float(error))
@@ -89,7 +89,7 @@ def test_a_tiny_step_after_a_huge_one_keeps_its_precision() -> None:
 def test_float64_agrees_to_the_last_digits() -> None:
     tensors = operands(2, 100, 4, 8, 2, 8)
     expected = gradients(ssd_reference.scan, tensors, starts(2, 100))
-    for name, value in gradients(ssd, tensors, starts(2, 100), chunk=32).items():
+    for name, value in gradients(ssd_chunked.scan, tensors, starts(2, 100), chunk=32).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
@@ -151,10 +151,47 @@ def test_the_same_bits_from_run_to_run() -> None:
         ({"reset": torch.zeros(2, 5)}, "reset must be bool"),
         ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset must have shape \[2, 5\]"),
         ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state must have shape \[2, 4, 8, 8\]"),
-        ({"chunk": 0}, "one token a chunk, got T=5, Q=0"),
+        ({"x": torch.zeros(2, 0, 4, 8)}, "at least one token"),
+        ({"kernel": "chunk"}, "unknown kernel 'chunk' .did you mean 'chunked'"),
     ],
 )
 def test_errors(change: dict[str, Any], message: str) -> None:
     given = dict(zip(NAMES[:6], (tensor.float() for tensor in operands(2, 5, 4, 8, 4, 8)), strict=False)) | change
     with pytest.raises(ValueError, match=message):
         ssd(**given)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("shape", [(1, 4, 8, 4, 8), (3, 4, 5, 2, 7), (2, 16, 64, 16, 64)], ids=str)
+def test_every_update_is_a_step_of_the_recurrence(shape: tuple[int, ...], kernel: str) -> None:
+    batch, *rest = shape
+    x, dt, A, B, C, D, state = operands(batch, 1, *rest)
+    y, last = ssd_reference.scan(x, dt, A, B, C, D, initial_state=state)
+    for dtype, precision in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        single = [tensor.to(dtype) for tensor in (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)]
+        carried = state.clone().to(dtype)
+        found = ssd_update(carried, *single, kernel=kernel)
+        assert found.dtype == carried.dtype == dtype
+        torch.testing.assert_close(found.double(), y[:, 0], rtol=precision, atol=precision)
+        torch.testing.assert_close(carried.double(), last, rtol=precision, atol=precision)
+
+
+def test_auto_takes_the_compiled_update_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    update = ssd_cpu.update
+    monkeypatch.setattr(ssd_cpu, "update", lambda *operands: called.append(1) or update(*operands))
+    x, dt, A, B, C, D, state = (tensor.float() for tensor in operands(2, 1, 4, 8, 4, 8))
+    ssd_update(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
+    assert called
+
+
+@pytest.mark.parametrize("change", [{"x": torch.zeros(2, 4)}, {"dt": torch.zeros(2, 3)}, {"B": torch.zeros(2, 3, 8)}])
+def test_an_update_of_a_wrong_shape_leaves_the_state(change: dict[str, Tensor]) -> None:
+    x, dt, A, B, C, D, state = (tensor.float() for tensor in operands(2, 1, 4, 8, 4, 8))
+    given = {"x": x[:, 0], "dt": dt[:, 0], "A": A, "B": B[:, 0], "C": C[:, 0], "D": D} | change
+    before = state.clone()
+    with pytest.raises(ValueError, match="must"):
+        ssd_update(state, **given)
+    with pytest.raises(ValueError, match="contiguous float32"):
+        ssd_update(state.half(), x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
+    assert torch.equal(state, before)
