@@ -15,7 +15,7 @@ test: $(STAMP)  ## lint, types, tests
 test-slow: $(STAMP)  ## the tests that take half a minute and more each
 	$(BIN)/python -m pytest -m slow --ignore tests/faults
 
-test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (15 to 20 minutes on 2 cores)
+test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (13 minutes on 2 cores)
 	$(BIN)/python -m pytest -m slow -s tests/faults
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each

@@ -124,8 +124,12 @@ def _write_new(path: Path, mine: dict[str, Any]) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with open(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(mine))
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(mine))
+    except OSError:  # an empty file would be taken for the lock of one that is about to write it
+        path.unlink()
+        raise
     return True
 
 

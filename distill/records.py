@@ -141,16 +141,21 @@ class Step:
         return (self.folder / "step.json").is_file()
 
     def check(self) -> None:
-        """Raise UserError where the step was finished with other inputs, saying which."""
-        if not self.done:
-            return
-        record = read_record(self.folder / "step.json", fingerprint=str)
+        """Raise UserError where the step was finished with other inputs, or has checkpoints of a training that was
+        begun with others, saying which."""
+        if self.done:
+            folder, how, file = self.folder, "made", self.folder / "step.json"
+        else:
+            folder, how, file = self.partial, "begun", self.partial / "inputs.json"
+            if not file.is_file() or not any((folder / "checkpoints").glob("checkpoint-*")):
+                return
+        record = read_record(file, fingerprint=str)
         if record.get("fingerprint") == self.fingerprint:
             return
         changed = differences(record.get("inputs"), self.inputs)
         lines = changed or [f"{line} (a step before it)" for line in differences(record.get("after"), self.after)]
         raise UserError(
-            f"{self.folder} was made with other inputs:\n  " + "\n  ".join(lines[:3]) + "\n"
+            f"{folder} was {how} with other inputs:\n  " + "\n  ".join(lines[:3]) + "\n"
             "use --force to redo it and what depends on it, or another run_dir"
         )
 
@@ -225,15 +230,19 @@ def verify(path: Path) -> None:
     folder = next((folder for folder in (path, *path.parents[:2]) if (folder / "step.json").is_file()), None)
     if folder is None:
         return
-    record = read_json(folder / "step.json")
-    files = {name: noted for name, noted in record.get("files", {}).items() if (folder / name).is_relative_to(path)}
-    if found := damage(folder, files):
-        stage, _, verb = str(record["step"]).rpartition("/")
+    record = read_record(folder / "step.json", step=str)
+    try:
+        files = {name: noted for name, noted in record.get("files", {}).items() if (folder / name).is_relative_to(path)}
+        found, finished = damage(folder, files), record["provenance"]["finished"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'step.json'} is broken: remove {folder} and run the step again") from error
+    if found:
+        stage, _, verb = record["step"].rpartition("/")
         again = f"remove {folder}"
         if folder.parents[1].name == "stages":
             again = f"distill {verb} {folder.parents[2]} --stage {int(stage.split('-')[0])} --force"
         raise UserError(
-            f"{found[0]} {found[1]}; step {record['step']} wrote it, finished {record['provenance']['finished']}\n"
+            f"{found[0]} {found[1]}; step {record['step']} wrote it, finished {finished}\n"
             f"do that step again ({again}), then this command"
         )
 

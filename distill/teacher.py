@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from distill.errors import UserError, brief, out_of_memory
 from distill.hybrid.model import head_input
@@ -25,6 +27,8 @@ SHAPE = (
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 """Keys of config.json that say how large a decoder is."""
+PROBE = "Sort 5410,  it's\n\n\t\u00e9 \u4f60 1.5"
+"""A text that tokenizers of different kinds cut differently."""
 _TRUSTED: set[str] = set()  # models whose own code may be run: those a config or option of this process named
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -131,6 +135,8 @@ def load_tokenizer(name: str) -> Any:
             _refuse_code(name, keys if isinstance(keys, dict) else {}, settings.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=folder in _TRUSTED)
+        if _reads_otherwise(tokenizer, folder):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     except Exception as error:  # tokenizers raises plain Exception
@@ -138,9 +144,21 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def _reads_otherwise(tokenizer: Any, folder: str) -> bool:
+    """Whether a tokenizer cuts text otherwise than its own tokenizer.json: some classes of transformers put their
+    own pre-tokenizer and normaliser in the file's place (``Qwen2Tokenizer``, for any tokenizer of a qwen2 model)."""
+    file = cached_file(folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or not type(tokenizer).__module__.startswith("transformers."):
+        return False
+    core = Tokenizer.from_file(file)
+    core.no_padding()
+    core.no_truncation()
+    return core.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE, add_special_tokens=False)
+
+
 def check_tokenizer(name: str, vocabulary: int, *, chats: bool) -> None:
-    """Raise UserError where the model's tokenizer knows tokens beyond the ``vocabulary`` of its embedding, or where
-    there are ``chats`` to render and its template is not there or fails.
+    """Raise UserError where the model's tokenizer knows tokens beyond the ``vocabulary`` of its embedding or has no end
+    token, or where there are ``chats`` to render and its template is not there or fails.
 
     Templates run in jinja's sandbox (transformers' ``ImmutableSandboxedEnvironment``).
     """
@@ -150,6 +168,11 @@ def check_tokenizer(name: str, vocabulary: int, *, chats: bool) -> None:
         raise UserError(
             f"the tokenizer of '{name}' has ids up to {largest}, its model {vocabulary} embeddings (vocab_size): it is "
             "the tokenizer of another model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{name}' names no end token, so that no answer would ever end: give eos_token in its "
+            "tokenizer_config.json"
         )
     if not chats:
         return

@@ -19,13 +19,13 @@ from distill.errors import UserError
 from distill.hybrid.surgery import check_teacher, hybrid_config
 from distill.lock import hold
 from distill.placement import ATTENTION, parse_name, replace
-from distill.records import Step, dependents, forget, write_text
+from distill.records import Step, dependents, forget, verify, write_text
 from distill.schedule import Stage
 from distill.storage import full_disk_named
 from distill.teacher import check_files, check_tokenizer, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
 from eval.accuracy import check_tasks
-from stages.context import Context
+from stages.context import Context, need
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
 from stages.targets import read_config
@@ -77,6 +77,12 @@ def open_run(
         check_data(config.data, lambda: load_tokenizer(config.teacher))
         tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
         check_tasks(tasks, allow_code=config.measure.allow_code_execution)
+        window = getattr(model, "max_position_embeddings", None) or float("inf")
+        if config.measure.max_new_tokens >= window:
+            raise UserError(
+                f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
+                f"teacher's {window} positions (max_position_embeddings): it must be below that"
+            )
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)
     folders = {stage.start.path for stage in stages} - {""}
@@ -145,10 +151,10 @@ def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
     """The stage that ``--stage`` names, or the first in which ``step`` is not done; None when all are."""
     if name is None:
         return next((stage for stage in context.stages if not context.step(stage, step).done), None)
-    if name.isdigit() and 1 <= int(name) <= len(context.stages):
+    if name.isdecimal() and 1 <= int(name) <= len(context.stages):
         return context.stages[int(name) - 1]
     names = {stage.name: stage for stage in context.stages}
-    if not name.isdigit():
+    if not name.isdecimal():
         replaced, blocks = parse_name(name)
         for stage in context.stages:
             if stage.replaced == replaced and blocks in (None, stage.num_blocks):
@@ -172,6 +178,8 @@ def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, 
         say(f"{step} is done in every stage of {context.run_dir}")
         return 0
     if args.force:
+        for path in context.step(stage, step).reads:  # before anything is lost
+            verify(need(path, "run"))
         forget(context.steps(), {f"{stage.folder}/{step}"})
     if not perform(context, stage):
         say(f"{stage.name}: {step} is done already")

@@ -16,6 +16,21 @@ from distill.records import Step, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
+LATER = ("bc_norm", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer")
+"""Keys that earlier versions did not have, and whose defaults are what those did."""
+
+
+def inputs_of(part: Any) -> dict[str, Any]:
+    """A part of the config for fingerprints, without the keys in ``LATER`` that have their defaults: what an earlier
+    version finished still counts."""
+    usual, kept = vars(type(part)()), asdict(part)
+    for key in LATER:
+        if key in kept and kept[key] == usual[key]:
+            del kept[key]
+    if "mixture" in kept:
+        kept["mixture"] = [inputs_of(entry) for entry in part.mixture]
+    return kept
+
 
 @dataclass
 class Context:
@@ -97,11 +112,11 @@ class Context:
         config = self.config
         base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
         trained_on = self.computed()
-        data, train, mixer = asdict(config.data), asdict(config.train), asdict(config.mixer)
+        data, train, mixer = inputs_of(config.data), asdict(config.train), inputs_of(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
             train.pop(key)
         for unused in dataclasses.fields(Origin) if config.data.mixture else ():
-            data.pop(unused.name)
+            data.pop(unused.name, None)
         if not config.data.mixture:
             data.pop("mixture")
         data["content"] = self.data
@@ -154,7 +169,7 @@ class Context:
         keys = ("weight_decay", "beta2", "max_grad_norm", "eval_rows", "gradient_checkpointing")
         train = {key: getattr(config.train, key) for key in keys}
         tuned = {key: value for key, value in asdict(sft).items() if key not in ("alpha", "save_steps", *origin)}
-        data = {**asdict(self.sft_source), "content": self.sft_data}
+        data = {**inputs_of(self.sft_source), "content": self.sft_data}
         inputs = {
             "train": {**base, "sft": tuned, "train": train, "data": data, **self.computed()},
             "merge": {"alpha": sft.alpha},

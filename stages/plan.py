@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig
 
 from distill.config import RunConfig
-from distill.data.mixture import describe, describe_survey
+from distill.data.mixture import describe, describe_survey, origins
+from distill.data.sources import check_place
 from distill.errors import UserError
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
@@ -171,7 +172,9 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
 
 
 def data_lines(config: RunConfig) -> list[str]:
-    """What the data hold that can be read here, in rows of the teacher's tokens."""
+    """What the data hold that can be read here, in rows of the teacher's tokens; UserError where there are none."""
+    for origin in origins(config.data):
+        check_place(origin, "data.source")
     return describe_survey(config.data, lambda: load_tokenizer(config.teacher))
 
 

@@ -15,7 +15,7 @@ from distill.config_merge import merge_config
 from distill.data.mixture import check_data, describe, describe_rows, describe_survey, load_data
 from distill.data.show import COLOUR, PLAIN, show_row
 from distill.errors import UserError
-from distill.teacher import load_tokenizer
+from distill.teacher import load_tokenizer, trust_code
 from stages.common import say
 from stages.targets import check, read_config
 
@@ -24,6 +24,7 @@ def main(args: argparse.Namespace) -> int:
     if args.show < 1:
         raise UserError(f"--show {args.show} must be above 0: it is the number of rows")
     config = read(args)
+    trust_code(config.teacher, config.trust_remote_code or args.trust_remote_code)
     data, tokenizer = config.data, load_tokenizer(config.teacher)
     check_data(data, lambda: tokenizer)
     rows = load_data(data, tokenizer, args.show, config.seed * 1000 + 3)  # those that the first stage begins with

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from distill.config import PretrainConfig, RunConfig
+from distill.config import DataConfig, Origin, PretrainConfig, RunConfig, SftConfig
 from distill.config_merge import load_config
+from distill.data.examples import check_columns
 from distill.data.mixture import check_options
+from distill.data.sources import EMBEDDED
 from distill.errors import UserError, brief, choose, nearest
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
@@ -35,6 +37,7 @@ LOWEST: dict[str, float] = {
     r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
+UNSET = vars(SftConfig())
 LARGE = 2**31 - 1  # of any number; it keeps infinity out, too
 FROM_TOKENIZER = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
 """Keys of a model's config that are not the user's to choose."""
@@ -99,6 +102,11 @@ def check(config: RunConfig) -> None:
         choose("score", name, scores())
     choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
     _check_training(config)
+    check_outside("run_dir", config.run_dir, config.data, config.sft)
+    check_columns(config.sft.columns, "sft.columns")
+    set_alone = [f"sft.{key.name}" for key in fields(Origin) if getattr(config.sft, key.name) != UNSET[key.name]]
+    if set_alone and not config.sft.source:
+        raise UserError(f"{set_alone[0]} is set, but not sft.source, whose it is: set both or neither")
     throughput, sft = config.measure.throughput, config.sft
     if not throughput.batches or throughput.output_tokens < 2:
         raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
@@ -112,6 +120,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     if not config.output.strip():
         raise UserError("output is empty: name the folder that the teacher is to be written to")
     _check_training(config)
+    check_outside("output", config.output, config.data)
     known = LlamaConfig().to_dict().keys() - FROM_TOKENIZER
     for key in config.model:
         if key not in known:
@@ -170,6 +179,19 @@ def _check_texts(config: RunConfig | PretrainConfig) -> None:
     for key, value in _leaves(config):
         if isinstance(value, str) and not key.startswith("slurm.setup") and not value.isprintable():
             raise UserError(f"{key}={value!r} holds characters that cannot be printed, such as a line break")
+
+
+def check_outside(key: str, place: str, *read: DataConfig | SftConfig) -> None:
+    """Refuse to write to ``place`` (that ``key`` names) where it lies in a folder that data are read from: logs and
+    records would be taken for data."""
+    target = Path(place).expanduser().resolve()
+    for origin in [entry for data in read for entry in getattr(data, "mixture", None) or [data]]:
+        folder = Path(origin.source or EMBEDDED).expanduser()
+        if origin.source not in ("", EMBEDDED) and folder.is_dir() and target.is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{key}={place} lies in the folder of data {origin.source}, where what is written would be read as "
+                "data: give another place, or keep the data in a folder of their own"
+            )
 
 
 def check_name(name: str) -> None:

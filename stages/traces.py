@@ -32,7 +32,7 @@ from distill.data.sources import EMBEDDED
 from distill.errors import UserError, choose, nearest
 from distill.lock import hold
 from distill.records import differences, provenance, read_record, write_json, write_text
-from distill.teacher import DTYPES, load_model, load_tokenizer, trust_code
+from distill.teacher import DTYPES, check_files, load_model, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
 from stages import show
 from stages.common import say, set_threads
@@ -91,6 +91,7 @@ def main(args: argparse.Namespace) -> int:
         files.partial.unlink(missing_ok=True)  # still there if the last moment was cut short
         say(f"{files.output} is done already")
         return 0
+    check_files(args.teacher)
     tokenizer = load_tokenizer(args.teacher)
     questions = render(tokenizer, prompts)
     window = getattr(teacher, "max_position_embeddings", None) or float("inf")

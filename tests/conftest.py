@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -21,6 +22,8 @@ from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.data.traces import EmbeddedTraces
 from distill.hybrid.surgery import hybridize
 
+settings.register_profile("any_machine", deadline=None)  # a property is not wrong because the machine is busy
+settings.load_profile("any_machine")
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,

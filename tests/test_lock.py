@@ -178,3 +178,17 @@ def test_of_many_at_once_one_gets_a_dead_ones_lock(tmp_path: Path) -> None:
     for process in many:
         process.communicate("\n")
     assert sorted(said) == ["held"] + ["in use"] * 7
+
+
+def test_a_lock_that_found_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty file would keep the next process away, which finds room."""
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", full)
+        with pytest.raises(OSError, match="No space left"):
+            lock.hold(tmp_path / "run.lock", "it")
+    assert not any(tmp_path.iterdir())
+    lock.hold(tmp_path / "run.lock", "it")

@@ -222,6 +222,21 @@ def test_a_partial_step_is_begun_anew(tmp_path: Path, why: str) -> None:
     assert read_json(step.folder / "step.json")["fingerprint"] == step.fingerprint
 
 
+def test_a_training_under_way_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    """Its checkpoints may be days of work: they go only where that is asked for."""
+    step, other = make(tmp_path), make(tmp_path, {**INPUTS, "seed": 1})
+    cut_short(step)
+    checkpoint = step.partial / "checkpoints/checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    for refused in (other.check, lambda: other.perform(work, resumable=True)):
+        with pytest.raises(UserError, match=r"train.partial was begun with other inputs:\n  seed: 0 -> 1"):
+            refused()
+    assert checkpoint.is_dir()
+    step.check()
+    other.forget()
+    assert other.perform(work, resumable=True)
+
+
 def test_a_crash_before_the_rename_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is written, ``step.json`` too, but the folder still has its partial name."""
     step, rename = make(tmp_path), os.replace

@@ -7,6 +7,7 @@ template that allows neither, or loses what the assistant says, is refused: then
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from distill.errors import UserError
 
 MASKS = ("completion", "assistant", "all")
 TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-NOW = re.compile(r"strftime_now\((['\"])(.*?)\1\)")
+NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 DAY = date(2025, 1, 1)
 """Today, to templates that ask: rows must not depend on when they are made."""
 INSTEAD = "give the rendered text as prompt and completion"
@@ -162,6 +163,15 @@ def _template(tokenizer: Any, chat: Sequence[Message], tools: Any, **options: An
 def _source(tokenizer: Any, tools: Any) -> str:
     """The chat template's text, in which today is ``DAY``."""
     return NOW.sub(lambda found: repr(DAY.strftime(found[2])), tokenizer.get_chat_template(tools=tools))
+
+
+def undated(tokenizer: Any) -> Any:
+    """The tokenizer, whose chat template is told ``DAY`` for today by whoever renders with it, as training is."""
+    if tokenizer.chat_template is None:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    other.chat_template = _source(tokenizer, None)
+    return other
 
 
 def _rendered(tokenizer: Any, chat: list[Message], tools: Any, mask: str) -> Rendered:

@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from distill.data.boundary import beyond
+from distill.data.chat import undated
 from distill.data.prompts import Prompt, is_correct, key_of
 from distill.errors import UserError
 
@@ -76,6 +77,7 @@ def render(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Question]:
 
     Raises UserError where a prompt cannot be rendered.
     """
+    tokenizer = undated(tokenizer)
     bare = tokenizer.chat_template is None
     questions = []
     for source, prompt in enumerate(prompts):
@@ -104,7 +106,7 @@ def trace(tokenizer: Any, question: Question, completion: str) -> dict[str, Any]
     """
     if tokenizer.chat_template is not None:
         chat = [*question.prompt.messages, {"role": "assistant", "content": completion}]
-        if tokenizer.apply_chat_template(chat, tokenize=False).startswith(question.text + completion):
+        if undated(tokenizer).apply_chat_template(chat, tokenize=False).startswith(question.text + completion):
             return {"messages": chat}
     return {"prompt": question.text, "completion": completion}
 

@@ -73,23 +73,23 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def shards(origin: Origin, key: str = "data.source") -> list[Path]:
+def shards(origin: Origin, key: str = "") -> list[Path]:
     """The files of a folder that belong to the split, in the order of their names.
 
     Where names say a split (``train-0001.parquet``, ``test/0.csv``) those of ``origin.split`` are taken, otherwise
     all. Raises UserError where there is none.
     """
-    folder = Path(origin.source).expanduser()
+    folder, key = Path(origin.source).expanduser(), f"{key}: " if key else ""
     found = sorted(path for path in folder.rglob("*") if path.name.endswith(SHARDS) and path.is_file())
     if not found:
-        raise UserError(f"{key}: no data in the folder {origin.source}: it holds no {', '.join(SHARDS)} file")
+        raise UserError(f"{key}no data in the folder {origin.source}: it holds no {', '.join(SHARDS)} file")
     split_of = {path: _split(path.relative_to(folder), origin.split) for path in found}
     if not any(split_of.values()):
         return found
     taken = [path for path in found if split_of[path] == origin.split]
     if not taken:
         names = sorted({name for name in split_of.values() if name})
-        raise UserError(f"{key}: no split '{origin.split}' in {origin.source}; it has {', '.join(names)}")
+        raise UserError(f"{key}no split '{origin.split}' in {origin.source}; it has {', '.join(names)}")
     return taken
 
 

@@ -113,14 +113,17 @@ def check_configs(a: Path, b: Path) -> None:
     for folder, config in ((a, left), (b, right)):
         if not isinstance(config, dict):
             raise UserError(f"{folder / 'config.json'} is no model config")
+        blocks, mixers = config.get("num_hidden_layers"), config.get("mixers") or []
+        if not isinstance(blocks, int) or not isinstance(mixers, list):
+            raise UserError(f"{folder / 'config.json'} is broken: num_hidden_layers or mixers has another type")
     head = f"{a} and {b} cannot be merged: "
     if left.get("model_type") != right.get("model_type"):
         raise UserError(f"{head}architecture {left.get('model_type')} against {right.get('model_type')}")
-    blocks = left.get("num_hidden_layers"), right.get("num_hidden_layers")
-    if blocks[0] != blocks[1]:
-        raise UserError(f"{head}{blocks[0]} blocks against {blocks[1]}")
-    mixers = [config.pop("mixers", None) or [ATTENTION] * (blocks[0] or 0) for config in (left, right)]
-    other = [f"block {i}: {x} against {y}" for i, (x, y) in enumerate(zip(*mixers, strict=False)) if x != y]
+    depth = left["num_hidden_layers"]
+    if depth != right["num_hidden_layers"]:
+        raise UserError(f"{head}{depth} blocks against {right['num_hidden_layers']}")
+    placements = [config.pop("mixers", None) or [ATTENTION] * depth for config in (left, right)]
+    other = [f"block {i}: {x} against {y}" for i, (x, y) in enumerate(zip(*placements, strict=False)) if x != y]
     if other:
         raise UserError(f"{head}their placements differ in {len(other)} block(s)\n  " + "\n  ".join(other))
     for config in (left, right):

@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
+from distill.data.chat import undated
+
 
 def lm(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """An lm-eval model around a loaded one."""
+    """An lm-eval model around a loaded one, which is asked in the tokens that it was trained on: a chat template says
+    itself whether a BOS begins the text, and knows no other day than in training."""
     from lm_eval.models.huggingface import HFLM
 
     model.config.use_cache = True
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    return HFLM(
+        pretrained=model,
+        tokenizer=undated(tokenizer),
+        batch_size=batch_size,
+        device=str(model.device),
+        add_bos_token=None if tokenizer.chat_template is None else False,
+    )
 
 
 class InPlaceLayer(DynamicLayer):

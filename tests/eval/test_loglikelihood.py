@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from distill.data.chat import encode
+from distill.data.prompts import Prompt
+from distill.data.sample import render, trace
 from distill.errors import UserError
 from eval.accuracy import task_manager
 from eval.backends import hf
@@ -98,3 +102,23 @@ def test_fewer_questions_are_the_first_ones(llama: Any, requests: Requests, toke
 def test_a_generative_task_is_refused(llama: Any, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="'embedded_add' is generate_until; importance scores need a multiple-choice"):
         prepare("embedded_add", tokenizer, llama)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "prepend"])
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "{{ strftime_now( '%d %b %Y' ) }}"])
+def test_lm_eval_asks_in_the_tokens_that_training_has(
+    kind: str, begin: str, llama: Any, make_tokenizer: Callable[[str], Any]
+) -> None:
+    """Whether or not the template writes the BOS that the tokenizer would add, and on whatever day."""
+    tokenizer = copy.copy(make_tokenizer(kind))
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", begin)
+    tokenizer.pad_token = tokenizer.eos_token
+    asked = [{"role": "user", "content": "add 1+1"}]
+    (document,) = encode(tokenizer, [[*asked, {"role": "assistant", "content": "2"}]])
+    lm = hf.lm(llama, tokenizer, 1)
+    text = lm.apply_chat_template(asked)
+    assert lm.tok_encode(text) == document.ids[: document.completion]
+    assert lm.tok_batch_encode([text])[0][0].tolist() == document.ids[: document.completion]
+    (question,) = render(tokenizer, [Prompt(asked)])
+    assert question.ids == document.ids[: document.completion]
+    assert trace(tokenizer, question, "2") == {"messages": [*asked, {"role": "assistant", "content": "2"}]}

@@ -101,6 +101,24 @@ def test_a_training_stopped_and_moved_continues(
     assert weights(run) == weights(done)
 
 
+def test_a_run_of_an_earlier_version_is_taken_as_it_is(done: Path, tmp_path: Path, capsys: Any) -> None:
+    """Neither a version nor checksums, and inputs without the keys that came later: done, whatever their defaults."""
+    run = shutil.copytree(done, tmp_path / "run")
+    later = {"split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer", "bc_norm"}
+    for file in run.rglob("step.json"):
+        record = json.loads(file.read_text())
+        del record["files"]
+        assert not later & {key for part in record["inputs"].values() if isinstance(part, dict) for key in part}
+        file.write_text(json.dumps(record))
+    lines = (run / "run.yaml").read_text().splitlines(keepends=True)
+    dropped = ("version:", *(f"  {key}:" for key in later))
+    (run / "run.yaml").write_text("".join(line for line in lines if not line.startswith(dropped)))
+    assert main(["run", str(run)]) == 0
+    assert capsys.readouterr().out.count("is done already") == 10
+    assert main(["run", str(run), "data.too_long=drop"]) == 2
+    assert "too_long: (absent) -> drop" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["run", "train", "measure", "sft"])
 def test_the_second_process_on_a_run_is_told_of_the_first(verb: str, done: Path, tmp_path: Path, capsys: Any) -> None:
     half = shutil.copytree(done, tmp_path / "half")

@@ -82,3 +82,11 @@ def test_what_cannot_be_shown(
     assert main(["traces", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_code_is_trusted_as_the_config_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, bool]] = []
+    monkeypatch.setattr("stages.show.trust_code", lambda name, allowed: said.append((name, allowed)))
+    for arguments in (["demo"], ["demo", "trust_remote_code=true"], ["demo", "--trust-remote-code"]):
+        assert main(["traces", "--show", "1", *arguments]) == 0
+    assert said == [("embedded", False), ("embedded", True), ("embedded", True)]
