@@ -8,25 +8,12 @@ written in matrix products.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from distill.errors import nearest
+from distill.ops.kernels import kernel_of
 
-logger = logging.getLogger(__name__)
-
-# A kernel is a module with `scan` and `update`, imported when first used.
-KERNELS = {
-    "cpu": "distill.ops.ssd_cpu",
-    "chunked": "distill.ops.ssd_chunked",
-    "reference": "distill.ops.ssd_reference",
-}
+KERNELS = ("cpu", "chunked", "reference")
 
 
 def ssd(
@@ -63,7 +50,7 @@ def ssd(
     Raises:
         ValueError: a wrong shape, dtype or kernel; raised before any work.
     """
-    chosen = _choose(kernel, x)
+    chosen = kernel_of("ssd", KERNELS, kernel, x.device.type)
     _check(x, dt, A, B, C, D, reset, initial_state)
     y, final_state = chosen.scan(x, dt, A, B, C, D, reset, initial_state)
     return y, final_state
@@ -85,7 +72,7 @@ def ssd_update(
     Raises:
         ValueError: a wrong shape, dtype or kernel; the state is then unchanged.
     """
-    chosen = _choose(kernel, x)
+    chosen = kernel_of("ssd", KERNELS, kernel, x.device.type)
     if x.ndim != 3 or B.ndim != 3 or state.ndim != 4:
         raise ValueError(f"x must be [B, H, P], got {list(x.shape)}; B [B, G, N], got {list(B.shape)}")
     _check(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, None, state)
@@ -96,27 +83,6 @@ def ssd_update(
         )
     y: Tensor = chosen.update(state, x, dt, A, B, C, D)
     return y
-
-
-def _choose(kernel: str, x: Tensor) -> ModuleType:
-    device = x.device.type
-    if kernel == "cpu" and device != "cpu":
-        raise ValueError(f"kernel 'cpu' needs CPU tensors, got device '{device}'; use 'auto', 'chunked' or 'reference'")
-    return _resolve(kernel, device)
-
-
-@functools.cache
-def _resolve(kernel: str, device: str) -> ModuleType:
-    allowed = ("auto", *KERNELS)
-    if kernel not in allowed:
-        raise ValueError(f"unknown kernel '{kernel}'{nearest(kernel, allowed)}; allowed: {', '.join(allowed)}")
-    name = kernel
-    if kernel == "auto":
-        compiled = device == "cpu" and importlib.util.find_spec("numba") is not None
-        name = "cpu" if compiled else "chunked"
-    # The cache around this function is what makes the line appear once per device.
-    logger.info("state space duality on %s: kernel '%s' (asked for '%s')", device, name, kernel)
-    return importlib.import_module(KERNELS[name])
 
 
 def _check(
