@@ -53,6 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What the tiny model of each family has beside SHAPE."""
 MIXERS = ["mamba1", "attention", "attention", "mamba1"]
+MIXED = ["mamba2", "attention", "attention", "mamba1"]
 
 
 def _random(make: Callable[[], Any]) -> Any:
@@ -113,10 +114,10 @@ def hybrid(request: pytest.FixtureRequest, llama: Any) -> Any:
     return hybridize(teacher, MIXERS, MixerConfig(), seed=0)
 
 
-@pytest.fixture
-def hybrid_family(family: Any) -> Any:
-    """H1-2/4 of every family in turn."""
-    return hybridize(family, MIXERS, MixerConfig(), seed=0)
+@pytest.fixture(params=[MIXERS, MIXED], ids=["mamba1", "mixed"])
+def hybrid_family(request: pytest.FixtureRequest, family: Any) -> Any:
+    """H1-2/4 of every family in turn, with mamba1 alone and with mamba2 beside it."""
+    return hybridize(family, request.param, MixerConfig(), seed=0)
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,7 @@ def test_every_value_of_a_config_has_a_default_of_its_own_type(kind: Any) -> Non
     [
         ("dtype=float64", "dtype 'float64'"),
         ("kernels=gpu", "kernels 'gpu'"),
-        ("mixer.name=mamba", "did you mean 'mamba1'?"),
+        ("mixer.name=mamba", "did you mean 'mamba2'?"),
         ("mixer.init=mill", "did you mean 'mil'?"),
         ("train.loss=reverse-kl", "did you mean 'reverse_kl'?"),
         ("data.mask=completions", "did you mean 'completion'?"),

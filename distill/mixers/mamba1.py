@@ -140,7 +140,7 @@ class Mixer(nn.Module):
         [B, D, K-1], recurrent state [B, D, N] in fp32; both are updated in place.
         """
         z, x, b, c, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
-        b, c = _norm_heads(b, self.b_norm), _norm_heads(c, self.c_norm)
+        b, c = norm_heads(b, self.b_norm), norm_heads(c, self.c_norm)
         x, b = self._expand(x).flatten(-2), self._expand(b)
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
@@ -165,7 +165,7 @@ class Mixer(nn.Module):
         return self.out_proj(y * F.silu(z)), None
 
 
-def _norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
+def norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
     """States [..., heads * head_dim] with every head normed, in at least fp32, as the teacher's own norms do."""
     if norm is None:
         return states

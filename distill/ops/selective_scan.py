@@ -8,24 +8,12 @@ Apriel-H1 uses (eq. 1-2), where D/G neighbouring channels share one B and one C 
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from distill.errors import nearest
+from distill.ops.kernels import kernel_of
 
-logger = logging.getLogger(__name__)
-
-# A kernel is a module with `scan` and `update`, imported when first used.
-KERNELS = {
-    "cpu": "distill.ops.selective_scan_cpu",
-    "reference": "distill.ops.selective_scan_reference",
-}
+KERNELS = ("cpu", "reference")
 
 
 def selective_scan(
@@ -62,7 +50,7 @@ def selective_scan(
     Raises:
         ValueError: a wrong shape, dtype or kernel; raised before any work.
     """
-    chosen = _choose(kernel, x)
+    chosen = kernel_of("selective_scan", KERNELS, kernel, x.device.type)
     _check_scan(x, dt, A, B, C, D, reset, initial_state)
     y, final_state = chosen.scan(x, dt, A, B, C, D, reset, initial_state)
     return y, final_state
@@ -95,7 +83,7 @@ def selective_scan_update(
     Raises:
         ValueError: a wrong shape, dtype or kernel; the state is then unchanged.
     """
-    chosen = _choose(kernel, x)
+    chosen = kernel_of("selective_scan", KERNELS, kernel, x.device.type)
     if state.ndim != 3 or B.ndim != 3:
         raise ValueError(f"state must be [B, D, N] and B [B, G, N], got {_dims(state)} and {_dims(B)}")
     batch, channels, states = state.shape
@@ -114,28 +102,6 @@ def selective_scan_update(
         )
     y: Tensor = chosen.update(state, x, dt, A, B, C, D)
     return y
-
-
-def _choose(kernel: str, x: Tensor) -> ModuleType:
-    device = x.device.type
-    if kernel == "cpu" and device != "cpu":
-        raise ValueError(f"kernel 'cpu' needs CPU tensors, got device '{device}'; use 'auto' or 'reference'")
-    return _resolve(kernel, device)
-
-
-@functools.cache
-def _resolve(kernel: str, device: str) -> ModuleType:
-    allowed = ("auto", *KERNELS)
-    if kernel not in allowed:
-        hint = nearest(kernel, allowed)
-        raise ValueError(f"unknown kernel '{kernel}'{hint}; allowed: {', '.join(allowed)}")
-    name = kernel
-    if kernel == "auto":
-        compiled = device == "cpu" and importlib.util.find_spec("numba") is not None
-        name = "cpu" if compiled else "reference"
-    # The cache around this function is what makes the line appear once per device.
-    logger.info("selective scan on %s: kernel '%s' (asked for '%s')", device, name, kernel)
-    return importlib.import_module(KERNELS[name])
 
 
 def _check_scan(

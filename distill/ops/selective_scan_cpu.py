@@ -3,8 +3,7 @@
     B = batch, T = tokens, D = channels, N = states per channel, G = groups, P = D/G channels of a group
 
 A task is one (batch row, group); it owns every output it writes, so the bits do not depend on how tasks are
-spread over threads. Threads are our own (`torch.get_num_threads()` of them) around kernels that release the
-GIL: one knob for PyTorch and the scan, safe to call from several threads, and quicker to compile than prange.
+spread over threads.
 
 What makes the inner loops vectorise: N is a compile-time constant (the length of the tuple ``width``), and
 what a loop writes lies beside what it reads in one scratch array, at multiples of N, so that few overlap
@@ -22,76 +21,21 @@ Forward keeps h every CHECKPOINT_EVERY tokens; backward recomputes the rest, chu
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import overload
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distill.ops.cpu import array, exp, jit, spread, width_of
 from distill.ops.selective_scan_reference import compute_dtype
 
 CHECKPOINT_EVERY = 32
-SERIAL_WORK = 1 << 17  # B*T*D*N below which waking threads costs more than it saves
-
-# No nnan/ninf: a NaN that comes in has to come out. reassoc is what lets sums over N vectorise.
-_FAST_SUMS = {"contract", "reassoc", "nsz"}
 _NO_RESET = np.empty((0, 0), dtype=np.bool_)
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FAST_SUMS}
-    try:
-        compiled: Callable[..., Any] = njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package folder nor the user's cache folder is writable
-        compiled = njit(**options)(function)
-    return compiled
-
-
-_f = np.float32  # typed constants: a Python float would widen the whole expression to float64
-_ZERO, _ONE = _f(0), _f(1)
-_LOWEST, _HIGHEST = _f(-87.33), _f(89)  # below: 0 (no subnormals); above: inf
-_LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.4426950408889634), _f(0.693359375), _f(-2.12194440e-4)
-_ROUND = _f(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits of the mantissa
-_P0, _P1, _P2 = _f(1.9875691500e-4), _f(1.3981999507e-3), _f(8.3334519073e-3)
-_P3, _P4, _P5 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
-
-
-def _exp(value):
-    """exp inside kernels: a branch-free float32 polynomial (relative error 1e-7), math.exp for float64."""
-    return math.exp(value)
-
-
-# contract only: reassociation would fold the rounding trick and the two-part ln 2 away.
-@overload(_exp, jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
-def _overload_exp(value):
-    if value != types.float32:
-        return lambda value: math.exp(value)
-
-    def exp32(value):
-        # Cephes: exp(v) = 2^k exp(r), k = round(v / ln 2), |r| <= ln(2) / 2. 2^k is built from its bits.
-        v = _HIGHEST if value > _HIGHEST else value
-        shifted = v * _LOG2E + _ROUND
-        k = shifted - _ROUND
-        r = v - k * _LN2_HIGH
-        r = r - k * _LN2_LOW
-        p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-        p = p * (r * r) + r + _ONE
-        bits = np.int32((np.float32(shifted).view(np.int32) << 23) + 0x3F800000)
-        return _ZERO if value < _LOWEST else p * np.int32(bits).view(np.float32)
-
-    return exp32
-
-
-@_jit
+@jit
 def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width, every):
     """Tasks ``first .. last - 1``; overwrites ``state``; an empty ``reset`` or ``checkpoints`` means none."""
     N, T, G = len(width), x.shape[1], B.shape[2]
@@ -119,7 +63,7 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
                 inflow = step * value
                 total = zero
                 for n in range(N):
-                    h = _exp(step * rows[p, N + n]) * rows[p, n] + inflow * B[b, t, group, n]
+                    h = exp(step * rows[p, N + n]) * rows[p, n] + inflow * B[b, t, group, n]
                     rows[p, n] = h
                     total += h * C[b, t, group, n]
                 y[b, t, d] = total + D[d] * value
@@ -128,7 +72,7 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
                 state[b, group * P + p, n] = rows[p, n]
 
 
-@_jit
+@jit
 def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, dA, dB, dC, dD, dstate, width, every):
     """Tasks ``first .. last - 1``; dA ``[B, D, N]`` and dD ``[B, D]`` are summed by the caller."""
     N, T, G = len(width), x.shape[1], B.shape[2]
@@ -167,7 +111,7 @@ def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, d
                     step = dt[b, t, group * P + p]
                     inflow = step * x[b, t, group * P + p]
                     for n in range(N):
-                        a = _exp(step * rows[p, N + n])
+                        a = exp(step * rows[p, N + n])
                         past[i, p, n] = a
                         past[i, p, N + n] = h[p, n]
                         h[p, n] = a * h[p, n] + inflow * vectors[i, n]
@@ -205,7 +149,7 @@ def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, d
                 dA[b, group * P + p, n] = rows[p, 2 * N + n]
 
 
-@_jit
+@jit
 def _update(first, last, x, dt, A, B, C, D, state, y, width):
     """One token of tasks ``first .. last - 1``; ``state`` is overwritten."""
     N, G = len(width), B.shape[1]
@@ -218,7 +162,7 @@ def _update(first, last, x, dt, A, B, C, D, state, y, width):
             inflow = dt[b, d] * x[b, d]
             total = zero
             for n in range(N):
-                h = _exp(dt[b, d] * A[d, n]) * state[b, d, n] + inflow * B[b, group, n]
+                h = exp(dt[b, d] * A[d, n]) * state[b, d, n] + inflow * B[b, group, n]
                 state[b, d, n] = h
                 total += h * C[b, group, n]
             y[b, d] = total + D[d] * x[b, d]
@@ -245,9 +189,9 @@ def scan(
 
 def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """`selective_scan_update` on CPU tensors that have been checked; shapes as there."""
-    arrays = [_array(tensor, state.dtype) for tensor in (x, dt, A, B, C, D, state)]
+    arrays = [array(tensor, state.dtype) for tensor in (x, dt, A, B, C, D, state)]
     y = np.empty_like(arrays[0])
-    _spread(_update, x.shape[0] * B.shape[1], state.numel(), *arrays, y, _width(A.shape[1]))
+    spread(_update, x.shape[0] * B.shape[1], state.numel(), *arrays, y, width_of(A.shape[1]))
     out = torch.from_numpy(y)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -266,7 +210,7 @@ class _Scan(torch.autograd.Function):
         *operands, checkpoints = ctx.saved_tensors
         x, dt, A, B, C, D, reset, _initial_state = operands
         dtype = checkpoints.dtype
-        x_, dt_, A_, B_, C_, D_, dy_ = (_array(tensor, dtype) for tensor in (x, dt, A, B, C, D, dy))
+        x_, dt_, A_, B_, C_, D_, dy_ = (array(tensor, dtype) for tensor in (x, dt, A, B, C, D, dy))
         batch = x.shape[0]
         dx, ddt, dB, dC = (np.empty_like(array) for array in (x_, dt_, B_, C_))
         dA, dstate = (np.empty((batch, *A_.shape), A_.dtype) for _ in range(2))
@@ -275,7 +219,7 @@ class _Scan(torch.autograd.Function):
         inputs = (x_, dt_, A_, B_, C_, D_, reset_, checkpoints.numpy(), dy_)
         outputs = (dx, ddt, dA, dB, dC, dD, dstate)
         work = x.numel() * A.shape[1]
-        _spread(_backward, batch * B.shape[2], work, *inputs, *outputs, _width(A.shape[1]), CHECKPOINT_EVERY)
+        spread(_backward, batch * B.shape[2], work, *inputs, *outputs, width_of(A.shape[1]), CHECKPOINT_EVERY)
         # numpy adds the batch rows one after the other, whatever the thread count.
         grads = (dx, ddt, dA.sum(axis=0), dB, dC, dD.sum(axis=0), None, dstate)
         return tuple(
@@ -306,45 +250,8 @@ def _run_forward(
         state.copy_(initial_state.detach())
     chunks = -(-steps // CHECKPOINT_EVERY) if keep else 0
     checkpoints = torch.empty(batch, chunks, channels, states, dtype=dtype)
-    arrays = [_array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
+    arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]
-    _spread(_forward, batch * B.shape[2], x.numel() * states, *arrays, _width(states), CHECKPOINT_EVERY)
+    spread(_forward, batch * B.shape[2], x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
     return y.to(x.dtype), state, checkpoints
-
-
-def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
-    """A C-contiguous numpy view of ``tensor``; a copy only where dtype or layout differ."""
-    # Asking first costs a tenth of a call that changes nothing, and decoding pays for it once a layer and token.
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype != dtype:
-        tensor = tensor.to(dtype)
-    return tensor.contiguous().numpy()
-
-
-@functools.cache
-def _width(states: int) -> tuple[int, ...]:
-    return (0,) * states
-
-
-def _spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it."""
-    threads = min(torch.get_num_threads(), tasks)
-    if threads <= 1 or work < SERIAL_WORK:
-        kernel(0, tasks, *arguments)
-        return
-    pieces = min(tasks, 4 * threads)  # more pieces than threads: a busy core then holds up less
-    edges = [tasks * piece // pieces for piece in range(pieces + 1)]
-    jobs = [_pool(threads).submit(kernel, *edge, *arguments) for edge in itertools.pairwise(edges)]
-    for job in jobs:
-        job.result()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool but not its threads

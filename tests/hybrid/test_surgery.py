@@ -221,7 +221,7 @@ def test_a_hybrid_of_ours_is_no_teacher(hybrid: Any, llama: Any) -> None:
         ([A, M, A], "placement has 3 mixers for 4 blocks"),
         ([A, M, A, A, A], "placement has 5 mixers for 4 blocks"),
         ([M, M, M, M], "at least one block must keep attention"),
-        ([A, "mamba", A, A], "unknown mixer 'mamba'.*did you mean 'mamba1'"),
+        ([A, "mamba", A, A], "unknown mixer 'mamba'.*did you mean 'mamba2'"),
     ],
 )
 def test_placements_that_do_not_fit(llama: Any, placement: list[str], message: str) -> None:

@@ -16,7 +16,7 @@ from distill.config import MixerConfig
 from distill.errors import UserError
 from distill.hybrid.config import mixer_options
 from distill.hybrid.surgery import hybridize
-from distill.mixers.mamba1 import Mixer, _norm_heads
+from distill.mixers.mamba1 import Mixer, norm_heads
 
 HEADS, KV_HEADS, HEAD_DIM, STATES = 4, 2, 32, 16
 REPEAT, CHUNKS = HEADS // KV_HEADS, HEAD_DIM // STATES
@@ -218,8 +218,8 @@ def test_mil_copies_the_norms_that_qwen3_has(make_model: Callable[..., Any]) -> 
         norm(proj(hidden).unflatten(-1, (-1, HEAD_DIM))).flatten(-2)
         for norm, proj in ((attention.k_norm, attention.k_proj), (attention.q_norm, attention.q_proj))
     )
-    torch.testing.assert_close(_norm_heads(b, mixer.b_norm), k)
-    torch.testing.assert_close(_norm_heads(c, mixer.c_norm), q)
+    torch.testing.assert_close(norm_heads(b, mixer.b_norm), k)
+    torch.testing.assert_close(norm_heads(c, mixer.c_norm), q)
     assert not torch.equal(mixer.c_norm.weight, torch.ones(HEAD_DIM))
     assert hybrid.config.mixer_config["bc_norm"] is True
     further = hybridize(hybrid, ["mamba1", "mamba1", "attention", "attention"], MixerConfig())

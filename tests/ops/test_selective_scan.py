@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.ops import selective_scan as dispatch
+from distill.ops import cpu as tools
 from distill.ops import selective_scan_cpu as cpu
+from distill.ops.kernels import kernel_of
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
 STATES = 16
@@ -166,14 +167,14 @@ def test_extreme_steps_and_decays(largest: float) -> None:
 
 def test_same_bits_on_repeat_and_for_any_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     pools: list[int] = []
-    real_pool = cpu._pool
+    real_pool = tools._pool
 
     def pool(threads: int) -> ThreadPoolExecutor:
         pools.append(threads)
         return real_pool(threads)
 
-    monkeypatch.setattr(cpu, "_pool", pool)
-    monkeypatch.setattr(cpu, "SERIAL_WORK", 0)
+    monkeypatch.setattr(tools, "_pool", pool)
+    monkeypatch.setattr(tools, "SERIAL_WORK", 0)
     operands = make(3, 100, 2, resets=True, state=True)
     torch.set_num_threads(1)
     want = run(operands, torch.float32, "cpu")
@@ -317,8 +318,8 @@ def test_kernel_is_chosen_checked_and_logged_once(caplog: pytest.LogCaptureFixtu
     on_meta = {name: value.to("meta") for name, value in operands.items()}
     with pytest.raises(ValueError, match="got device 'meta'"):
         selective_scan(**on_meta, kernel="cpu")
-    dispatch._resolve.cache_clear()
-    with caplog.at_level(logging.INFO, logger="distill.ops.selective_scan"):
+    kernel_of.cache_clear()
+    with caplog.at_level(logging.INFO, logger="distill.ops.kernels"):
         for _ in range(2):
             selective_scan(**operands)
             selective_scan(**on_meta)

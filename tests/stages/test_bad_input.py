@@ -110,7 +110,7 @@ CONFIG_VALUES = [
     ([*RUN, "sft.gradient_accumulation=3"], "sft.batch_size=8 is not divisible"),
     ([*RUN, "sft.alpha=1.5"], "must be in [0, 1]"),
     ([*RUN, "train.loss=reverse_lk"], "did you mean 'reverse_kl'"),
-    ([*RUN, "mixer.name=mamba3"], "did you mean 'mamba1'"),
+    ([*RUN, "mixer.name=mamba3"], "did you mean 'mamba2'"),
     ([*RUN, "mixer.name=../evil"], "unknown mixer.name"),
     ([*RUN, "mixer.init=mli"], "did you mean 'mil'"),
     ([*RUN, "mixer.mil_layout=alined"], "did you mean 'aligned'"),

@@ -274,7 +274,7 @@ MISTAKES = [
     ([TO_3 + "{tmp}/start", "run_dir={tmp}"], "lies in this run"),
     ([TO_3 + "{tmp}/start", "mixer.d_state=8"], "mixers already there have d_state=16"),
     ([TO_3 + "{tmp}/start/mixers"], "a hybrid of 3 blocks; the teacher has 4"),
-    ([TO_3 + "{tmp}/start/other"], "unknown mixer in {tmp}/start/other/config.json: 'mamba9' (did you mean 'mamba1'?)"),
+    ([TO_3 + "{tmp}/start/other"], "unknown mixer in {tmp}/start/other/config.json: 'mamba9' (did you mean 'mamba2'?)"),
     ([TO_3 + "{tmp}/start/wide"], "its hidden_size is 96; the teacher's is 48"),
     ([TO_3 + "{tmp}/start/family"], "a hybrid_mistral; the teacher is a llama"),
     ([TO_3 + "{tmp}/start/empty"], "holds no weights"),

@@ -1,0 +1,110 @@
+"""What kernels on CPU share: compilation by numba (no compiler needed), an exp that vectorises, threads.
+
+Threads are our own (`torch.get_num_threads()` of them) around kernels that release the GIL: one knob for PyTorch
+and the kernels, safe to call from several threads, and quicker to compile than prange.
+"""
+
+# The kernels are typed by numba, when they are compiled:
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
+
+SERIAL_WORK = 1 << 17  # numbers of state below which waking threads costs more than it saves
+
+# No nnan/ninf: a NaN that comes in has to come out. reassoc is what lets sums over N vectorise.
+_FAST_SUMS = {"contract", "reassoc", "nsz"}
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": _FAST_SUMS}
+    try:
+        compiled: Callable[..., Any] = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package folder nor the user's cache folder is writable
+        compiled = njit(**options)(function)
+    return compiled
+
+
+_f = np.float32  # typed constants: a Python float would widen the whole expression to float64
+_ZERO, _ONE = _f(0), _f(1)
+_LOWEST, _HIGHEST = _f(-87.33), _f(89)  # below: 0 (no subnormals); above: inf
+_LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.4426950408889634), _f(0.693359375), _f(-2.12194440e-4)
+_ROUND = _f(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits of the mantissa
+_P0, _P1, _P2 = _f(1.9875691500e-4), _f(1.3981999507e-3), _f(8.3334519073e-3)
+_P3, _P4, _P5 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
+
+
+def exp(value):
+    """exp inside kernels: a branch-free float32 polynomial (relative error 1e-7), math.exp for float64."""
+    return math.exp(value)
+
+
+# contract only: reassociation would fold the rounding trick and the two-part ln 2 away.
+@overload(exp, jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
+def _overload_exp(value):
+    if value != types.float32:
+        return lambda value: math.exp(value)
+
+    def exp32(value):
+        # Cephes: exp(v) = 2^k exp(r), k = round(v / ln 2), |r| <= ln(2) / 2. 2^k is built from its bits.
+        v = _HIGHEST if value > _HIGHEST else value
+        shifted = v * _LOG2E + _ROUND
+        k = shifted - _ROUND
+        r = v - k * _LN2_HIGH
+        r = r - k * _LN2_LOW
+        p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+        p = p * (r * r) + r + _ONE
+        bits = np.int32((np.float32(shifted).view(np.int32) << 23) + 0x3F800000)
+        return _ZERO if value < _LOWEST else p * np.int32(bits).view(np.float32)
+
+    return exp32
+
+
+def array(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """A C-contiguous numpy view of ``tensor``; a copy only where dtype or layout differ."""
+    # Asking first costs a tenth of a call that changes nothing, and decoding pays for it once a layer and token.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous().numpy()
+
+
+@functools.cache
+def width_of(states: int) -> tuple[int, ...]:
+    return (0,) * states
+
+
+def spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
+    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads <= 1 or work < SERIAL_WORK:
+        kernel(0, tasks, *arguments)
+        return
+    pieces = min(tasks, 4 * threads)  # more pieces than threads: a busy core then holds up less
+    edges = [tasks * piece // pieces for piece in range(pieces + 1)]
+    jobs = [_pool(threads).submit(kernel, *edge, *arguments) for edge in itertools.pairwise(edges)]
+    for job in jobs:
+        job.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool but not its threads
