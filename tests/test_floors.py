@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
-STAGES = "pretrain traces show plan score place swap train measure sft merge bench report export quantize status cancel"
+STAGES = (
+    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize status "
+    "cancel"
+)
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
 # A package's __init__ is named by itself: distill/__init__.py registers the hybrids, so it lives on their floor.
@@ -41,7 +44,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distill", "distill.hybrid", "distill.hybrid.*"),
     ("distill.teacher",),
     ("distill.trainer",),  # F5
-    ("distill.importance", "distill.importance.*", "distill.posttrain", "distill.posttrain.*"),
+    (
+        "distill.importance",
+        "distill.importance.*",
+        "distill.posttrain",
+        "distill.posttrain.*",
+        "distill.hub",
+        "distill.hub.*",
+    ),
     ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
     (
         "eval.accuracy",
