@@ -53,7 +53,8 @@ def front_matter(facts: Facts, title: str, *, code: bool) -> str:
         base_model=facts.teacher if "/" in facts.teacher else None,
         license=facts.license or None,
         tags=["distill", "hybrid", "distillation", *mixers],
-        **({"model_name": title, "eval_results": results} if results else {}),
+        model_name=title if results else None,
+        eval_results=results or None,
     )
     return str(data.to_yaml()).strip()
 
@@ -82,7 +83,7 @@ def what(facts: Facts) -> str:
     size = f" {facts.parameters:,} parameters." if facts.parameters else ""
     text = (
         f"{facts.name}: an attention-Mamba hybrid{of} ({facts.family}), in which {len(facts.replaced)} of {blocks} "
-        f"blocks have {mixers or 'other'} mixers in place of attention, after {PAPER}. The others, and every MLP, are of the "
+        f"blocks have {mixers or 'other'} mixers in place of attention, after {PAPER}. The rest is of the "
         f"teacher's own design.{size}\n"
     )
     runs = [(mixer, [block for block, _ in group]) for mixer, group in groupby(enumerate(facts.mixers), lambda x: x[1])]
