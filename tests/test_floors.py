@@ -16,7 +16,7 @@ STAGES = (
 )
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
-# A package's __init__ is named by itself: distill/__init__.py is the public interface, above all that it offers.
+# A package's __init__ is named by itself: distill/__init__.py is the public interface, so it is on the floor of distill/api.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "distill.errors",
@@ -51,10 +51,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.posttrain.*",
         "distill.hub",
         "distill.hub.*",
+        "distill.scoring",
+        "distill.api",
+        "distill",
     ),
-    ("distill.scoring",),
-    ("distill.api",),
-    ("distill",),  # what users import: it names what is in distill.api
     ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
     (
         "eval.accuracy",
