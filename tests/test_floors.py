@@ -16,7 +16,7 @@ STAGES = (
 )
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
-# A package's __init__ is named by itself: distill/__init__.py is the public interface, so it is on the floor of distill/api.py.
+# A package's __init__ is named by itself: distill/__init__.py is the public interface, on the floor of what it names.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "distill.errors",
