@@ -36,12 +36,15 @@ class Copy:
     Args:
         texts: what a computed part of a name may be, besides the texts in the sources that are copied (the mixers
             that a model has).
+        root: the package's folder.
+
+    Raises ValueError for an import that cannot be followed.
     """
 
-    def __init__(self, module: str, names: Iterable[str], texts: Iterable[str]) -> None:
+    def __init__(self, module: str, names: Iterable[str], texts: Iterable[str] = (), root: Path = ROOT) -> None:
         self.paths = {}
-        for path in sorted(ROOT.rglob("*.py")):
-            parts = (PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted(root.rglob("*.py")):
+            parts = (PACKAGE, *path.relative_to(root).with_suffix("").parts)
             self.paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
         self.read: dict[str, Module] = {}
         self.names: dict[str, set[str] | None] = {module: set(names)}
@@ -79,7 +82,7 @@ class Copy:
                     for alias in node.names:
                         bound = alias.asname or alias.name
                         if node is not part.node or wanted is None or bound in used | wanted:
-                            self._want(module.base(node), alias.name)
+                            self._want(name, module.base(node), alias.name)
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
                     self.texts.add(node.value)
         for part in parts:
@@ -89,9 +92,10 @@ class Copy:
                     self.by_name.setdefault(name, set()).update(found)
                     self.names |= dict.fromkeys(found)
 
-    def _want(self, base: str, name: str) -> None:
-        if f"{base}.{name}" in self.paths:
-            self.names[f"{base}.{name}"] = None
+    def _want(self, importer: str, base: str, name: str) -> None:
+        if (inner := f"{base}.{name}") in self.paths:
+            self.names[inner] = None
+            self.by_name.setdefault(importer, set()).add(inner)
         elif (names := self.names.setdefault(base, set())) is not None:
             names.add(name)
 
@@ -112,7 +116,10 @@ class Copy:
                 text = text[: first - begin] + new.encode() + text[last - begin :]
             pieces.append(text)
         if found := self.by_name.get(name):
-            pieces.append(b"\nif False:  # never run: the files imported by name, for what copies this code\n")
+            # transformers copies what stands in lines of the form "from .x import y", and nothing else.
+            pieces.append(
+                b"\nif False:  # never run: files that are imported in other ways, for what copies this code\n"
+            )
             pieces += [f"    from .{flat(each)} import *\n".encode() for each in sorted(found)]
         result = b"".join(pieces).decode()
         compile(result, f"{flat(name)}.py", "exec")
