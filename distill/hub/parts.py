@@ -38,7 +38,7 @@ class Module:
         self.lines = self.text.splitlines(keepends=True)
         self.starts = [0, *itertools.accumulate(len(line) for line in self.lines)]
         body = ast.parse(self.text).body
-        self.head = body.pop(0).end_lineno or 0 if _is_text(body[0]) else 0
+        self.head = body.pop(0).end_lineno or 0 if body and _is_text(body[0]) else 0
         self.parts: list[Part] = []
         for node in body:
             end = node.end_lineno or node.lineno

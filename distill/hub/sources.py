@@ -8,7 +8,7 @@ are followed, those by a computed name (``import_module(f"distill.ops.{operator}
 from __future__ import annotations
 
 import ast
-import itertools
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +46,6 @@ class Copy:
         for path in sorted(root.rglob("*.py")):
             parts = (PACKAGE, *path.relative_to(root).with_suffix("").parts)
             self.paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-        self.read: dict[str, Module] = {}
         self.names: dict[str, set[str] | None] = {module: set(names)}
         self.texts, self.by_name = set(texts), dict[str, set[str]]()
         before = None
@@ -64,9 +63,7 @@ class Copy:
         return wanted, len(self.texts), {name: len(found) for name, found in self.by_name.items()}
 
     def module(self, name: str) -> Module:
-        if name not in self.read:
-            self.read[name] = Module(name, self.paths[name])
-        return self.read[name]
+        return _module(name, self.paths[name])
 
     def parts(self, name: str) -> list[Part]:
         return self.module(name).needed(self.names[name])
@@ -88,7 +85,7 @@ class Copy:
         for part in parts:
             for call in _calls(part.node, "import_module"):
                 if (pieces := computed(module, call)) is not None:
-                    found = {each for each in fillings(pieces, self.texts) if each in self.paths}
+                    found = matching(pieces, self.texts, self.paths)
                     self.by_name.setdefault(name, set()).update(found)
                     self.names |= dict.fromkeys(found)
 
@@ -165,6 +162,11 @@ class Copy:
         return f"{head}\n{indent}    {tried}\n{indent}{tail}\n{indent}    raise"
 
 
+@functools.cache
+def _module(name: str, path: Path) -> Module:
+    return Module(name, path)
+
+
 def _named(alias: ast.alias) -> str:
     return f"{alias.name} as {alias.asname}" if alias.asname else alias.name
 
@@ -194,9 +196,8 @@ def computed(module: Module, call: ast.Call) -> list[str] | None:
     return pieces if "".join(pieces).split(".")[0] == PACKAGE else None
 
 
-def fillings(pieces: list[str], texts: Iterable[str]) -> Iterator[str]:
-    """Every name that the pieces give with one of ``texts`` in each place that is computed."""
-    open_places = [i for i, piece in enumerate(pieces) if re.fullmatch(r"\{.*\}", piece)]
-    for choice in itertools.product(sorted(texts), repeat=len(open_places)):
-        filled = dict(zip(open_places, choice, strict=True))
-        yield "".join(filled.get(i, piece) for i, piece in enumerate(pieces))
+def matching(pieces: list[str], texts: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Those of ``names`` that the pieces give with one of ``texts`` in each place that is computed."""
+    any_text = f"(?:{'|'.join(map(re.escape, sorted(texts)))})"
+    pattern = "".join(any_text if re.fullmatch(r"\{.*\}", piece) else re.escape(piece) for piece in pieces)
+    return {name for name in names if re.fullmatch(pattern, name)}
