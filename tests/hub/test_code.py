@@ -51,6 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, make_model: Make, tokenizer:
             cases[name] = case(model, target, "reference")
             if name == "llama-mamba1":
                 cases["compiled"] = case(model, target, "auto")
+            if name == "mistral-mamba1":  # the choice of a kernel is remembered in a folder's own modules
                 cases["plain"] = case(model, target, "auto", "reference")
     torch.save(cases, folder / "cases.pt")
     environment = {
