@@ -62,7 +62,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     """
     kind = choose("dtype", str(dtype).removeprefix("torch."), DTYPES)
     name = str(path)
-    if name != EMBEDDED and Path(name).expanduser().is_dir():
+    if name.strip() and name != EMBEDDED and Path(name).expanduser().is_dir():
         name = str(checkpoint_folder(name))
     model = load_model(name, kind)
     return Loaded(model if device is None else model.to(device), load_tokenizer(name))
