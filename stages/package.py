@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distill.config import RunConfig
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError, nearest
 from distill.hub.facts import Facts, facts_of, license_of, named
@@ -24,6 +25,10 @@ from distill.posttrain.merge import checkpoint_folder
 from distill.records import read_json
 from eval.pareto import Run, Stage, read_run
 from stages.common import say
+from stages.targets import read_config
+
+HEADLINE = ("batch", "output_tokens", "tokens_per_second", "teacher_tokens_per_second", "ratio")
+"""What a card tells of the throughput: all of it or nothing."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -31,9 +36,10 @@ def main(args: argparse.Namespace) -> int:
     facts = facts_of(checkpoint)
     origin = ""
     if run is not None:
-        facts = told_by_run(facts, run, checkpoint)
-        given = str(run.config.get("teacher", ""))
-        origin = given if given != EMBEDDED and Path(given).expanduser().is_dir() else ""
+        config = read_config(str(run.path), [])
+        facts = told_by_run(facts, run, config, checkpoint)
+        folder = Path(config.teacher).expanduser()
+        origin = str(folder) if config.teacher != EMBEDDED and folder.is_dir() else ""
     output = package(checkpoint, args.output, code=args.code, facts=facts, origin=origin)
     size = sum(path.stat().st_size for path in output.iterdir())
     say(f"{facts.name} -> {output}: {size / 2**20:,.1f} MiB, model card in {output / 'README.md'}")
@@ -79,10 +85,10 @@ def pick(run: Run, name: str | None) -> Path:
     raise UserError(f"no distilled stage '{name}'{nearest(name, there)} in {run.path}; it has {', '.join(there)}")
 
 
-def told_by_run(facts: Facts, run: Run, checkpoint: Path) -> Facts:
+def told_by_run(facts: Facts, run: Run, config: RunConfig, checkpoint: Path) -> Facts:
     """``facts`` with what the run's records say of that checkpoint."""
-    teacher = str(run.config.get("teacher", ""))
-    facts = replace(facts, teacher=named(teacher), license=license_of(teacher), trainings=trainings(facts, run))
+    facts = replace(facts, teacher=named(config.teacher), license=license_of(config.teacher))
+    facts = replace(facts, trainings=trainings(facts, run, config))
     model = next((each for each in run.models if place(run, each) == checkpoint.resolve()), None)
     if model is None:  # the weights of a step that was kept, or before a merge
         return facts
@@ -90,37 +96,32 @@ def told_by_run(facts: Facts, run: Run, checkpoint: Path) -> Facts:
     measure = model.records["measure"]
     if measure is None:
         return facts
+    head, parameters = measure.get("headline") or {}, measure.get("parameters")
     return replace(
         facts,
         accuracy=measure["accuracy"],
         teachers_accuracy=(run.teacher or {}).get("accuracy", ()),
-        headline=measure.get("headline") or {},
+        headline=head if all(isinstance(head.get(key), (int, float)) for key in HEADLINE) else {},
         speeds=measure["throughput"],
-        parameters=int(measure.get("parameters") or 0),
+        parameters=parameters if isinstance(parameters, int) else 0,
     )
 
 
-def trainings(facts: Facts, run: Run) -> list[Mapping[str, Any]]:
+def trainings(facts: Facts, run: Run, config: RunConfig) -> list[Mapping[str, Any]]:
     """The lineage with losses and seed, for those of its entries that this run made."""
-    ours, length = run.config.get("name"), (run.config.get("data") or {}).get("sequence_length")
     records = {model.name: model.records["train"] for model in run.models}
     found: list[Mapping[str, Any]] = []
     for entry in facts.lineage:
-        record = records.get(str(entry.get("name"))) if entry.get("run", ours) == ours else None
+        record = records.get(str(entry.get("name"))) if entry.get("run", config.name) == config.name else None
         if not record:
             found.append(entry)
             continue
-        known = {"seed": run.config.get("seed"), "sequence_length": length, "loss": record.get("loss")}
+        known = {"seed": config.seed, "sequence_length": config.data.sequence_length, "loss": record.get("loss")}
         if record.get("steps") == entry.get("steps"):  # a start in the middle of a stage has other losses
             known |= {key: record.get(key) for key in ("eval_loss_start", "eval_loss_end")}
-        found.append({**entry, **known, "data": entry.get("data") or sft_data(run)})
+        data = " + ".join(part.source for part in config.data.mixture) or config.data.source
+        found.append({"data": named(config.sft.source or data), **entry, **known})  # a fine-tuning does not say
     return found
-
-
-def sft_data(run: Run) -> str:
-    """What a fine-tuning was trained on, as it may be called elsewhere."""
-    source = (run.config.get("sft") or {}).get("source") or (run.config.get("data") or {}).get("source") or ""
-    return named(str(source)) if source else ""
 
 
 def versions(step: Path) -> dict[str, str]:

@@ -192,7 +192,7 @@ def made(facts: Facts) -> str:
     rows = []
     for record in facts.trainings or facts.lineage:
         start, end = record.get("eval_loss_start"), record.get("eval_loss_end")
-        losses = f"{start:.4f} → {end:.4f}" if start is not None and end is not None else ""
+        losses = f"{start:.4f} → {end:.4f}" if isinstance(start, float) and isinstance(end, float) else ""
         cells = [record.get(key) for key in ("name", "steps", "tokens", "data", "loss")]
         shown = [f"{cell:,}" if isinstance(cell, int) else str(cell if cell is not None else "") for cell in cells]
         rows.append([*shown, losses, str(record.get("seed", ""))])

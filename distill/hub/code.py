@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from distill.hub.sources import Copy, flat
@@ -23,15 +24,19 @@ def code_files(family: str, mixers: Sequence[str]) -> dict[str, str]:
     Kernels are chosen as in our package: the compiled ones where numba is installed, else plain PyTorch.
     """
     config, model = (each.__name__ for each in hybrids.FAMILIES[family])
-    source = hybrids.__name__
     entry = f'''"""{model}: a {family} model some of whose attention layers are replaced by state-space mixers.
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 """
 
-from .{flat(source)} import FAMILIES
+from .{flat(hybrids.__name__)} import FAMILIES
 
 {config}, {model} = FAMILIES["{family}"]
 {config}.__module__ = {model}.__module__ = __name__  # the file that is saved with a model, and all that it imports
 '''
-    return {f"{ENTRY}.py": entry, **Copy(source, ["FAMILIES"], mixers).files()}
+    return {f"{ENTRY}.py": entry, **_copied(frozenset(mixers))}
+
+
+@functools.cache
+def _copied(mixers: frozenset[str]) -> dict[str, str]:
+    return Copy(hybrids.__name__, ["FAMILIES"], mixers).files()

@@ -64,13 +64,17 @@ class Facts:
     @property
     def tokens(self) -> int:
         """Tokens trained on along the lineage."""
-        return sum(int(entry.get("tokens", 0)) for entry in self.lineage)
+        return sum(entry["tokens"] for entry in self.lineage)
 
 
-def named(place: str) -> str:
-    """How a source or a model may be called elsewhere: ``embedded``, a hub name, or a file's or folder's own name."""
-    known = place == EMBEDDED or is_hub(place)
-    return place if known else Path(place.rstrip("/\\") or "/").name or "files"
+def named(places: str) -> str:
+    """How a source or a model (or several, joined by `` + ``) may be called elsewhere: ``embedded``, a hub name, or a
+    file's or folder's own name."""
+    names = [
+        place if place == EMBEDDED or is_hub(place) else Path(place.rstrip("/\\") or "/").name or "files"
+        for place in places.split(" + ")
+    ]
+    return " + ".join(names)
 
 
 def without_paths(value: Any) -> Any:
@@ -86,8 +90,7 @@ def license_of(teacher: str) -> str:
     """The license that the teacher's own model card names, in its folder or the hub's cache; empty where none does."""
     if teacher == EMBEDDED:
         return "apache-2.0"
-    folder = Path(teacher).expanduser()
-    file = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(teacher, "README.md")
+    file = try_to_load_from_cache(teacher, "README.md") if is_hub(teacher) else Path(teacher).expanduser() / "README.md"
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
         return ""
     try:
@@ -101,8 +104,12 @@ def lineage_of(checkpoint: Path) -> list[dict[str, Any]]:
     """The trainings that led to a checkpoint, its sources named as they may be called elsewhere; [] if unknown."""
     file = checkpoint / "lineage.json"
     entries = read_json(file) if file.is_file() else []
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{file} is broken: expected a list of entries; mend it, or remove it to say nothing of tokens")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("tokens"), int) for entry in entries
+    ):
+        raise UserError(
+            f"{file} is broken: expected a list of entries with tokens; mend it, or remove it to say nothing of them"
+        )
     return [
         without_paths({**entry, "data": named(entry["data"])} if isinstance(entry.get("data"), str) else entry)
         for entry in entries

@@ -91,6 +91,7 @@ def test_what_is_not_known_is_not_said() -> None:
         ("/data/of/mine/", "mine"),
         ("../up/here.parquet", "here.parquet"),
         ("/", "files"),
+        ("/data/a.jsonl + owner/data", "a.jsonl + owner/data"),
     ],
 )
 def test_sources_are_named_without_their_place(place: str, name: str) -> None:
@@ -110,6 +111,8 @@ def test_the_license_is_what_the_teachers_card_says(readme: str | None, license:
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     assert license_of(str(tmp_path)) == license
+    assert license_of(str(tmp_path / "gone")) == "" and license_of("owner/not-in-the-cache") == ""
+    assert license_of("embedded") == "apache-2.0"
 
 
 @pytest.fixture

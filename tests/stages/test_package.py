@@ -13,8 +13,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import distill
+from distill.config import DataConfig, RunConfig, SourceConfig
 from distill.records import verify
+from distill.schedule import build_schedule
 from stages.cli import main
+from stages.lineage import lineage
 
 Build = Callable[[list[str]], list[str]]
 Capture = pytest.CaptureFixture[str]
@@ -102,7 +105,7 @@ def test_a_checkpoint_without_its_run(tuned: Path, tmp_path: Path, capsys: Captu
         (["package", "{tmp}/flipped_sealed", "--stage", "1", "--output", "{tmp}/out"], "is damaged"),
         (["package", "{tmp}/torn_weights", "--stage", "1", "--output", "{tmp}/out"], "model.safetensors"),
         (["package", "{tmp}/torn_measure", "--output", "{tmp}/out"], "measure.json cannot be read"),
-        (["package", "{tmp}/torn_yaml", "--output", "{tmp}/out"], "run.yaml cannot be read"),
+        (["package", "{tmp}/torn_yaml", "--output", "{tmp}/out"], "run.yaml"),
         (["package", "{tmp}/code", "--output", "{tmp}/out"], "brings Python code of its own"),
     ],
 )
@@ -124,3 +127,10 @@ def test_the_command_line_says_what_it_does(capsys: Any) -> None:
         main(["package", "--help"])
     text = capsys.readouterr().out
     assert "CHECKPOINT|RUN" in text and "--code" in text and "--stage" in text
+
+
+def test_a_lineage_names_every_source_of_a_mixture() -> None:
+    data = DataConfig(mixture=[SourceConfig(source="a.jsonl"), SourceConfig(source="owner/b")])
+    config = RunConfig(schedule=[1], data=data)
+    stages = build_schedule(config, 3)
+    assert lineage(config, stages, stages[0])[0]["data"] == "a.jsonl + owner/b"
