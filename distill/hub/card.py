@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -72,7 +73,8 @@ def section(heading: str, text: str) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are figures."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def what(facts: Facts) -> str:
@@ -101,7 +103,7 @@ def teacher(facts: Facts) -> str:
 
 def loading(facts: Facts, title: str, *, code: bool) -> str:
     """A snippet that runs where the folder lies in the working directory, or on a hub under its name."""
-    trust = ", trust_remote_code=True" if code else ""
+    name, trust = json.dumps(title, ensure_ascii=False), ", trust_remote_code=True" if code else ""
     first = "" if code else "import distill  # registers the architecture\n"
     prompt = (
         'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "..."}], add_generation_prompt=True, '
@@ -120,8 +122,8 @@ def loading(facts: Facts, title: str, *, code: bool) -> str:
 ```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})
+model = AutoModelForCausalLM.from_pretrained({name}{trust})
+tokenizer = AutoTokenizer.from_pretrained({name}{trust})
 inputs = {prompt}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```
