@@ -99,7 +99,7 @@ def hybridize(
     Raises UserError for an architecture, a placement, a mixer or options that cannot be.
     """
     start = MixerConfig(name=choose("mixer", mixer, mixers()), init=choose("init", init, initialisations()))
-    (settings,) = spread_options(options, start, fixed=("name", "init"))
+    (settings,) = spread_options(options, start, fixed=("name", "init", "blocks"))
     if isinstance(model, (str, Path)):
         model = load(model).model
     surgery.check_convertible(model.config)

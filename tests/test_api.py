@@ -97,6 +97,7 @@ def test_a_hybrid_grows(llama: Any) -> None:
         ([1], {"d_state": "many"}, "d_state: .*expected a whole number"),
         ([1], {"d_state": 24}, "must divide head_dim=32"),
         ([1], {"name": "mamba1"}, "unknown option 'name'"),
+        ([1], {"blocks": {2: "mamba2"}}, "unknown option 'blocks'"),
     ],
 )
 def test_a_placement_that_cannot_be(llama: Any, placement: Any, options: dict[str, Any], message: str) -> None:

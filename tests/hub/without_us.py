@@ -48,6 +48,7 @@ def main(cases: str, scratch: str) -> None:
     del sys.modules["numba"]
     sys.modules.update(numba)
     found["same"] = {name: same(load(case["folder"]), case) for name, case in wanted.items()}
+    found["of the hub"] = same(load("owner/name"), wanted["qwen3-mamba1"])
 
     case = wanted["compiled"]
     saved = str(Path(scratch) / "saved")
