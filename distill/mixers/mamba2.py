@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from distill.errors import UserError, choose
 from distill.mixers.mamba1 import DT_FLOOR, DT_MAX, DT_MIN, STARTS, norm_heads
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from distill.ops.padding import padding_first
 from distill.ops.ssd import ssd, ssd_update
 
 A_MIN, A_MAX = 1.0, 16.0
@@ -105,6 +106,7 @@ class Mixer(nn.Module):
             assert self.conv1d.bias is not None
             self.conv1d.bias.zero_()
 
+    @padding_first
     def forward(
         self,
         hidden_states: torch.Tensor,
