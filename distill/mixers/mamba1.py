@@ -19,6 +19,7 @@ from distill.errors import UserError, choose
 from distill.ops import decode_cpu
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from distill.ops.decode_cpu import serves
+from distill.ops.offloading import weights_at_hand
 from distill.ops.padding import padding_first
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
@@ -130,6 +131,7 @@ class Mixer(nn.Module):
         head = chunks.unflatten(-2, (self.kv_heads, -1))  # [..., kv_heads, chunks, N]
         return head.repeat_interleave(self.heads // self.kv_heads, dim=-3).flatten(-3, -2)
 
+    @weights_at_hand
     @padding_first
     def forward(
         self,
