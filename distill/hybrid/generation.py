@@ -41,8 +41,7 @@ class Generation:
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: GenerationConfig, kwargs: Any) -> None:
         """Raise ValueError, before any work, for what a hybrid cannot do."""
-        name = type(self).__name__
-        replaced = set(self.config.layer_types) != {"full_attention"}
+        name, replaced = type(self).__name__, "linear_attention" in self.config.layer_types
         mode = ROLLING_BACK.get(generation_mode)
         if replaced and (mode or generation_config.is_assistant):
             raise ValueError(
@@ -61,3 +60,12 @@ class Generation:
                 f"model is on the CPU; use {'static' if 'static' in cache else 'dynamic'}"
             )
         super()._validate_generation_mode(generation_mode, generation_config, kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own, where every block has attention; otherwise ValueError."""
+        if "linear_attention" in self.config.layer_types:
+            raise ValueError(
+                "continuous batching (generate_batch, cache_implementation='paged') keeps keys and values in pages and "
+                f"has no place for the recurrent states of {type(self).__name__}; use generate with a padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]

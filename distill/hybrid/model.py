@@ -49,7 +49,7 @@ class HybridMixin(Generation):
     model: Any
     lm_head: nn.Module
     post_init: Callable[[], None]
-    _is_stateful = True  # generation must not roll a recurrent state back
+    _is_stateful: bool  # transformers' name: generation must not roll a recurrent state back
     _keep_in_fp32_modules_strict = ("A_log", r"self_attn\.D$")
 
     def __init__(self, config: Any) -> None:
@@ -62,7 +62,8 @@ class HybridMixin(Generation):
         for block, name in enumerate(self.config.mixers):
             if name != ATTENTION:
                 self.model.layers[block].self_attn = mixer_class(name)(self.config, block)
-        if set(self.config.mixers) != {ATTENTION}:
+        self._is_stateful = set(self.config.mixers) != {ATTENTION}
+        if self._is_stateful:
             self.model.register_forward_pre_hook(Reader(self.config), with_kwargs=True)
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -49,7 +49,7 @@ class Reader:
         shape, cache, mask = tokens.shape, kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if isinstance(mask, dict):  # as ``create_masks_for_generate`` makes it
             kwargs["attention_mask"], mask = mask["full_attention"], mask["linear_attention"]
-        if self.decodes(cache, shape):
+        if self.decodes(cache, mask, shape):
             kwargs["document_starts"] = None
         else:
             kwargs |= self.read(module, kwargs, mask, shape[0], shape[1])
@@ -57,13 +57,19 @@ class Reader:
             kwargs["attention_mask"] = self.named_masks(module, tokens, kwargs)
         return (), kwargs
 
-    def decodes(self, cache: Any, shape: torch.Size) -> bool:
-        """Whether this is one more token for rows that have all begun, with a cache that this model filled."""
+    def decodes(self, cache: Any, mask: Any, shape: torch.Size) -> bool:
+        """Whether this is one more token for rows that have all begun, with a cache that this model filled.
+
+        What is said by shapes alone is looked at: rows, and the mask's columns where the cache counts in Python.
+        """
         read = getattr(cache, "hybrid_read", None)
         if shape[1] != 1 or read is None or read.layout != self.layout or not read.begun:
             return False
         layer = cache.layers[self.first]
-        return layer.has_previous_state[0] and layer.recurrent_states[0].shape[0] == shape[0]
+        if not layer.has_previous_state[0] or layer.recurrent_states[0].shape[0] != shape[0]:
+            return False
+        past = None if mask is None or mask.ndim != 2 else cache.get_seq_length()
+        return not isinstance(past, int) or mask.shape == (shape[0], past + 1)
 
     @untraced
     def read(self, module: Any, kwargs: dict[str, Any], mask: Any, batch: int, length: int) -> dict[str, Any]:

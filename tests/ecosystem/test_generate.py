@@ -61,6 +61,17 @@ def test_every_cache_gives_what_recomputing_gives(hybrid_family: Any, padded: tu
         assert made.tolist() == wanted.tolist()
 
 
+@torch.no_grad()
+def test_with_nothing_replaced_all_goes_as_with_the_teacher(family: Any, padded: tuple[Tensor, Tensor]) -> None:
+    """Also what a recurrent state forbids."""
+    hybrid, (ids, mask) = hybridize(family, ["attention"] * 4, MixerConfig()), padded
+    for options in ({"cache_implementation": "static"}, {"num_beams": 2}):
+        made = hybrid.generate(ids, attention_mask=mask, **GREEDY, **options)
+        assert made.tolist() == family.generate(ids, attention_mask=mask, **GREEDY, **options).tolist()
+    made = hybrid.generate(ids[:1], prompt_lookup_num_tokens=2, **GREEDY)
+    assert made.tolist() == family.generate(ids[:1], **GREEDY).tolist()
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
     "min_p": {"do_sample": True, "min_p": 0.05},
@@ -227,6 +238,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "contrastive search .* takes tokens back, .* cannot forget",
     ),
     "quantized": ({"cache_implementation": "quantized"}, "'quantized' has no place .* allowed: dynamic, static"),
+    "paged": ({"cache_implementation": "paged"}, "continuous batching .* use generate with a padded batch"),
     "offloaded": ({"cache_implementation": "offloaded"}, "this model is on the CPU; use dynamic"),
     "offloaded_static": ({"cache_implementation": "offloaded_static"}, "this model is on the CPU; use static"),
 }

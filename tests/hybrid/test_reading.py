@@ -146,6 +146,7 @@ def test_what_contradicts_an_earlier_call(hybrid: Any) -> None:
         r"must be \[2, 9\], a column for each token \(6 of them in the cache\), got \[2, 3\]",
         attention_mask=ones[:, :3],
     )
+    refused(r"must be \[2, 7\], .* got \[2, 1\]", count=1, attention_mask=ones[:, :1])
     refused("begin at 0 while the cache holds earlier tokens", position_ids=torch.arange(3)[None])
     refused("restart at token 2", position_ids=torch.tensor([[6, 7, 0]]))
     refused("holds 2 rows, but 3 are given", rows=3)
