@@ -20,10 +20,11 @@ from transformers import (
     Qwen3ForCausalLM,
     SmolLM3ForCausalLM,
 )
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distill.hybrid.config import hybrid_config_class
+from distill.hybrid.generation import Generation
+from distill.hybrid.reading import Reader
 from distill.mixers import ATTENTION, mixer_class
 
 Objective = Callable[[torch.Tensor, nn.Module], torch.Tensor]
@@ -41,77 +42,14 @@ def head_input(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return hidden if scaling == 1.0 else hidden / scaling
 
 
-def document_starts(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, shape: tuple[int, int], past: bool
-) -> torch.Tensor | None:
-    """Where recurrent states begin anew: position 0 of a packed document, or the first token after padding.
-
-    Args:
-        position_ids: [B or 1, T] or None; attention_mask: [B, past + T] (1 = token) or None.
-        shape: (B, T) of the tokens at hand. past: whether a cache holds earlier tokens.
-
-    Returns:
-        bool [B, T], or None where nothing begins after the first token (and nothing is padded).
-    """
-    batch, length = shape
-    if past and length == 1 and (attention_mask is None or attention_mask.ndim != 2):
-        return None
-    starts = None
-    if position_ids is not None and position_ids.ndim == 2:
-        zeros = position_ids[:, :length] == 0
-        if bool(zeros[:, 1:].any()):
-            starts = zeros.expand(batch, length)
-    if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.all()):
-        token = attention_mask[:, -length:].bool()
-        before = nn.functional.pad(attention_mask.bool(), (1, 0))[:, -length - 1 : -1]
-        after_padding = token & ~before
-        starts = after_padding if starts is None else starts | after_padding
-        if past and length == 1 and not bool(starts.any()):
-            return None
-    return starts
-
-
-def tokens_given(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """What a backbone was called on: ids [B, T] or embeddings [B, T, E]."""
-    tokens = args[0] if args else kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    assert tokens is not None, "input_ids or inputs_embeds"
-    return tokens
-
-
-def mark_documents(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hook before the forward of a hybrid's backbone: adds ``document_starts``, which its mixers read.
-
-    On the backbone and not on the whole model, because a trainer with a fused LM head (TRL's) calls it directly:
-    without the marks, states would run from one packed document into the next.
-    """
-    shape = tokens_given(args, kwargs).shape
-    past = kwargs.get("past_key_values")
-    past = past is not None and past.get_seq_length() > 0
-    starts = document_starts(kwargs.get("position_ids"), kwargs.get("attention_mask"), (shape[0], shape[1]), past)
-    return args, {**kwargs, "document_starts": starts}
-
-
-def name_masks(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hook for families whose blocks look their mask up by layer type: they would make none for ``linear_attention``.
-
-    The mask of the attention blocks is the one that the family itself would make.
-    """
-    tokens = tokens_given(args, kwargs)
-    sizes = torch.empty((*tokens.shape[:2], 0), dtype=module.dtype, device=tokens.device)
-    given = {key: kwargs.get(key) for key in ("attention_mask", "past_key_values", "position_ids")}
-    mask = create_causal_mask(config=module.config, inputs_embeds=sizes, **given)
-    return args, {**kwargs, "attention_mask": {"full_attention": mask, "linear_attention": None}}
-
-
-class HybridMixin:
+class HybridMixin(Generation):
     """Puts the mixers in place and tells them where documents begin."""
 
     config: Any
     model: Any
     lm_head: nn.Module
     post_init: Callable[[], None]
-    _is_stateful = True  # generation must not roll a recurrent state back
+    _is_stateful: bool  # transformers' name: generation must not roll a recurrent state back
     _keep_in_fp32_modules_strict = ("A_log", r"self_attn\.D$")
 
     def __init__(self, config: Any) -> None:
@@ -124,10 +62,9 @@ class HybridMixin:
         for block, name in enumerate(self.config.mixers):
             if name != ATTENTION:
                 self.model.layers[block].self_attn = mixer_class(name)(self.config, block)
-        if set(self.config.mixers) != {ATTENTION}:
-            self.model.register_forward_pre_hook(mark_documents, with_kwargs=True)
-            if hasattr(self.model, "has_sliding_layers"):
-                self.model.register_forward_pre_hook(name_masks, with_kwargs=True)
+        self._is_stateful = set(self.config.mixers) != {ATTENTION}
+        if self._is_stateful:
+            self.model.register_forward_pre_hook(Reader(self.config), with_kwargs=True)
 
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "mil_slots"):

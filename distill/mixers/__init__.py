@@ -2,7 +2,8 @@
 
 A mixer is an ``nn.Module`` named ``Mixer`` with
 ``Mixer(config, layer_idx)``, where ``config`` is a hybrid config (teacher's keys and ``mixer_config``);
-``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``;
+``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``; under the
+decorators ``weights_at_hand`` and ``padding_first``, by which Accelerate's offloading and padding behind a text work;
 ``mil_slots()``, the parameter rows that MIL fills; ``reset_parameters()``; and ``check(config)``, which raises
 a UserError for a shape that it cannot take. ``attention`` is the teacher's own mixer and has no file here.
 """

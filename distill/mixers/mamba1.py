@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from distill.errors import UserError, choose
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from distill.ops.kernels import serves
+from distill.ops.offloading import weights_at_hand
+from distill.ops.padding import padding_first
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -128,6 +130,8 @@ class Mixer(nn.Module):
         head = chunks.unflatten(-2, (self.kv_heads, -1))  # [..., kv_heads, chunks, N]
         return head.repeat_interleave(self.heads // self.kv_heads, dim=-3).flatten(-3, -2)
 
+    @weights_at_hand
+    @padding_first
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -21,6 +21,8 @@ from distill.errors import UserError, choose
 from distill.mixers.mamba1 import DT_FLOOR, DT_MAX, DT_MIN, STARTS, norm_heads
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from distill.ops.kernels import serves
+from distill.ops.offloading import weights_at_hand
+from distill.ops.padding import padding_first
 from distill.ops.ssd import ssd, ssd_update
 
 A_MIN, A_MAX = 1.0, 16.0
@@ -106,6 +108,8 @@ class Mixer(nn.Module):
             assert self.conv1d.bias is not None
             self.conv1d.bias.zero_()
 
+    @weights_at_hand
+    @padding_first
     def forward(
         self,
         hidden_states: torch.Tensor,
