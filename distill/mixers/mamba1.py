@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.errors import UserError, choose
-from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from distill.ops.modules import CausalConv1d, HeadRMSNorm
 from distill.ops.padding import padding_first
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
@@ -49,14 +49,14 @@ class Mixer(nn.Module):
         out_bias = bool(getattr(config, "attention_bias", False))
         bias = out_bias or getattr(config, "qkv_bias", False) or options["z_init"] == "identity"
         self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=bias)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, options["d_conv"], groups=self.d_inner)
+        self.conv1d = CausalConv1d(self.d_inner, options["d_conv"])
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32))
         self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=out_bias)
         self.b_norm = self.c_norm = None
         if options["bc_norm"] is True:
-            self.b_norm, self.c_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.b_norm, self.c_norm = (HeadRMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
         self.reset_parameters()
 
     @staticmethod
@@ -147,17 +147,15 @@ class Mixer(nn.Module):
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
         a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        assert bias is not None
         conv_state = scan_state = None
         if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
             layer = past_key_values.layers[self.layer_idx]
             conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
             if hidden_states.shape[1] == 1 and document_starts is None and not torch.is_grad_enabled():
-                u = causal_conv1d_update(conv_state, x[:, 0], taps, bias)
+                u, _ = self.conv1d(x[:, 0], state=conv_state)
                 y = selective_scan_update(scan_state, u, dt[:, 0], a, b[:, 0], c[:, 0], self.D, kernel=self.kernels)
                 return self.out_proj(y.unsqueeze(1) * F.silu(z)), None
-        u, conv_state = causal_conv1d(x, taps, bias, reset=document_starts, initial_state=conv_state)
+        u, conv_state = self.conv1d(x, reset=document_starts, initial_state=conv_state)
         y, scan_state = selective_scan(
             u, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
         )
@@ -167,10 +165,6 @@ class Mixer(nn.Module):
         return self.out_proj(y * F.silu(z)), None
 
 
-def norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
-    """States [..., heads * head_dim] with every head normed, in at least fp32, as the teacher's own norms do."""
-    if norm is None:
-        return states
-    exact = torch.promote_types(states.dtype, torch.float32)
-    heads = states.to(exact).unflatten(-1, (-1, *norm.normalized_shape))
-    return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(exact), norm.eps).to(states.dtype).flatten(-2)
+def norm_heads(states: torch.Tensor, norm: HeadRMSNorm | None) -> torch.Tensor:
+    """States [..., heads * head_dim] with every head normed, where there is a norm."""
+    return states if norm is None else norm(states)
