@@ -23,7 +23,7 @@ class Generation:
     @staticmethod
     def create_masks_for_generate(
         config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, position_ids: Any = None, **_: Any
-    ) -> dict[str, Any]:
+    ) -> Any:
         """Masks that ``generate`` makes ahead of forward for a static cache: one ready for attention, and for the
         mixers the padding mask as it is, until every row has begun and they need it no more."""
         ready = create_causal_mask(
@@ -33,6 +33,8 @@ class Generation:
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if "linear_attention" not in config.layer_types:
+            return ready
         read = getattr(past_key_values, "hybrid_read", None)
         decodes = inputs_embeds.shape[1] == 1 and read is not None and read.begun
         return {"full_attention": ready, "linear_attention": None if decodes else attention_mask}

@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 
 from distill.hybrid.documents import check_positions, check_shapes, packed_starts, read_padding
 from distill.mixers import ATTENTION
+from distill.ops.compiled import untraced
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
@@ -64,7 +65,7 @@ class Reader:
         layer = cache.layers[self.first]
         return layer.has_previous_state[0] and layer.recurrent_states[0].shape[0] == shape[0]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def read(self, module: Any, kwargs: dict[str, Any], mask: Any, batch: int, length: int) -> dict[str, Any]:
         """The keys to add or change, for any step; ValueError where cache, mask and positions contradict each other.
 

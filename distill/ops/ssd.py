@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.ops.compiled import update_operator
+from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
 KERNELS = ("cpu", "chunked", "reference")
 
 
+@untraced
 def ssd(
     x: Tensor,
     dt: Tensor,
