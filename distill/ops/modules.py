@@ -1,7 +1,8 @@
 """The modules of a mixer that hold weights of an operator beside projections: the convolution and the norms of heads.
 
 Each uses its weights in its own ``forward`` and nowhere else, so that whatever brings weights in just before a
-module's forward and takes them away behind it (offloading to CPU or disk, sharding) does so for these too.
+module's forward and takes them away behind it (offloading to CPU or disk, sharding) does so for these too. The compiled
+decoding step, which reads them itself, leaves weights that are not there to these.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class CausalConv1d(nn.Conv1d):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B, T, D] to outputs [B, T, D] and the state [B, D, K-1]; ``options``: see ``causal_conv1d``.
 
-        x [B, D] is one token: ``options`` is ``state`` [B, D, K-1], updated in place; outputs are [B, D].
+        x [B, D] is one token: ``options`` are those of ``causal_conv1d_update``, whose ``state`` [B, D, K-1] is
+        updated in place; outputs are [B, D].
         """
         assert self.bias is not None
         taps = self.weight.squeeze(1)
         if x.ndim == 2:
-            return causal_conv1d_update(options["state"], x, taps, self.bias), options["state"]
+            state = options.pop("state")
+            return causal_conv1d_update(state, x, taps, self.bias, **options), state
         return causal_conv1d(x, taps, self.bias, **options)
 
 

@@ -14,6 +14,7 @@ from transformers import CompileConfig, StaticCache
 
 from distill.config import MixerConfig
 from distill.hybrid.surgery import hybridize
+from distill.ops.causal_conv1d import causal_conv1d_update
 from distill.ops.selective_scan import selective_scan_update
 from distill.ops.ssd import ssd_update
 
@@ -116,26 +117,26 @@ def test_prefill_and_training_break_but_are_right(small: Any) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, **CLOSE)
 
 
-def operands(name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """(state, x, dt, A, B, C, D) of a single-token update: 2 rows, 8 channels or 2 heads of 4, 4 states."""
-    rng = torch.Generator().manual_seed(0)
-    shapes = {
-        "selective_scan": [(2, 8, 4), (2, 8), (2, 8), (8, 4), (2, 2, 4), (2, 2, 4), (8,)],
-        "ssd": [(2, 2, 4, 4), (2, 2, 4), (2, 2), (2,), (2, 2, 4), (2, 2, 4), (2,)],
-    }[name]
-    state, x, dt, a, b, c, d = (torch.randn(shape, generator=rng) for shape in shapes)
-    return state, x.to(dtype), dt.abs().to(dtype), -a.abs(), b.to(dtype), c.to(dtype), d
+SHAPES = {
+    "causal_conv1d": [(2, 8, 3), (2, 8), (8, 4), (8,)],
+    "selective_scan": [(2, 8, 4), (2, 8), (2, 8), (8, 4), (2, 2, 4), (2, 2, 4), (8,)],
+    "ssd": [(2, 2, 4, 4), (2, 2, 4), (2, 2), (2,), (2, 2, 4), (2, 2, 4), (2,)],
+}
+"""Of the state and the inputs of each single-token update."""
+UPDATES = {"causal_conv1d": causal_conv1d_update, "selective_scan": selective_scan_update, "ssd": ssd_update}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "update"), [("selective_scan", selective_scan_update), ("ssd", ssd_update)])
-def test_the_operators_keep_what_they_promise_a_compiler(name: str, update: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_operators_keep_what_they_promise_a_compiler(name: str, dtype: torch.dtype) -> None:
     """Schema (only the state is overwritten), fake and traced results, by PyTorch's own check; and the values."""
-    state, *inputs = operands(name, dtype)
+    rng = torch.Generator().manual_seed(0)
+    state, x, *others = (torch.rand(shape, generator=rng) for shape in SHAPES[name])
+    inputs = [x.to(dtype), *others]
     operator = getattr(torch.ops.distill, f"{name}_update").default
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, (state.clone(), inputs, "auto"), test_utils=tests)
     eager, compiled = state.clone(), state.clone()
-    y = update(eager, *inputs)
+    y = UPDATES[name](eager, *inputs)
     assert torch.equal(operator(compiled, inputs), y) and torch.equal(compiled, eager)
-    assert not torch.equal(eager, state)
+    assert not torch.equal(eager, state) and y.dtype == dtype
