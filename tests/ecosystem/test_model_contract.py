@@ -9,6 +9,8 @@ import copy
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,39 @@ def test_dtypes(mixed: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").eval()
     assert again.dtype == dtype
     torch.testing.assert_close(again(ids).logits, logits)
+
+
+SHARDED = """
+import sys
+import torch, torch.distributed as dist
+import distill
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+dist.init_process_group("gloo")
+whole = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+shared = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto")).eval()
+ids = torch.arange(5, 14)[None]
+with torch.no_grad():
+    assert type(shared.model.layers[0].self_attn.q_proj.weight).__name__ == "DTensor"
+    assert type(shared.model.layers[1].self_attn.in_proj.weight).__name__ == "Parameter"
+    torch.testing.assert_close(shared(ids).logits, whole(ids).logits, atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(shared.generate(ids, **options), whole.generate(ids, **options))
+if dist.get_rank() == 0:
+    print("equal on", dist.get_world_size(), "ranks")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_ranks_share_a_model(make_model: Callable[..., Any], tied: bool, tmp_path: Path) -> None:
+    """Tensor parallelism by the family's plan: attention and MLP in shards, mixers whole, the same logits."""
+    hybridize(make_model("llama", tie_word_embeddings=tied), SUITE, MixerConfig()).save_pretrained(tmp_path / "hybrid")
+    (tmp_path / "program.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "program.py"), str(tmp_path / "hybrid")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert "equal on 2 ranks" in run.stdout

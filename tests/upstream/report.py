@@ -119,5 +119,16 @@ def report(properties: dict[str, str], cases: list[Case]) -> str:
     )
 
 
+def main(files: list[str]) -> str:
+    """The page of the runs in these files."""
+    properties: dict[str, str] = {}
+    cases: dict[tuple[str, ...], Case] = {}
+    for file in files:
+        found, part = read(Path(file))
+        properties |= found
+        cases |= {case[:3]: case for case in part}
+    return report(properties, list(cases.values()))
+
+
 if __name__ == "__main__":
-    print(report(*read(Path(sys.argv[1]))))
+    print(main(sys.argv[1:]))

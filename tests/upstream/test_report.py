@@ -29,8 +29,7 @@ def load() -> Any:
 
 def test_the_report_counts_every_check_and_gives_every_reason(tmp_path: Path) -> None:
     (tmp_path / "results.xml").write_text(RESULTS)
-    module = load()
-    lines = module.report(*module.read(tmp_path / "results.xml")).splitlines()
+    lines = load().main([str(tmp_path / "results.xml")] * 2).splitlines()
     assert "| llama | mixed | 1 | 0 | 1 |" in lines and "| qwen3 | mixed | 0 | 1 | 1 |" in lines
     assert "| **all** |  | 1 | 1 | 2 |" in lines
     assert "| the model needs a GPU | 2 | `gpu` |" in lines, "one reason, whichever class it was given for"
