@@ -80,11 +80,10 @@ class HybridMixin:
         new = [mixer for mixer in mixers if not getattr(mixer, INITIALISED, False)]
         super().initialize_weights()  # type: ignore[misc]
         for mixer in new:
-            parameters = list(mixer.parameters())
-            given = [
-                (parameter, parameter.clone()) for parameter in parameters if getattr(parameter, INITIALISED, False)
-            ]
-            if len(given) < len(parameters):
+            every = list(mixer.parameters())
+            given = [(parameter, parameter.clone()) for parameter in every if getattr(parameter, INITIALISED, False)]
+            here = all(parameter.numel() for parameter in every)  # not so in ZeRO-3, which shards a module once built
+            if here and len(given) < len(every):
                 mixer.reset_parameters()
                 for parameter, value in given:
                     parameter.copy_(value)

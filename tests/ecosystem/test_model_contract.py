@@ -239,6 +239,16 @@ def test_weights_that_a_checkpoint_lacks_are_initialised_and_the_others_left(mix
             assert torch.equal(tensor, weights[name]), name
 
 
+def test_sharded_mixers_are_left_as_they_were_built(mixed: Any) -> None:
+    """In ZeRO-3 a parameter is empty from the end of its module's construction on."""
+    for mixer in replaced(mixed).values():
+        vars(mixer).pop("_is_hf_initialized", None)
+        for parameter in mixer.parameters():
+            parameter.data = torch.empty(0)
+    mixed.initialize_weights()
+    assert not any(parameter.numel() for mixer in replaced(mixed).values() for parameter in mixer.parameters())
+
+
 def test_a_model_on_meta_takes_no_memory(mixed: Any) -> None:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(mixed.config)
