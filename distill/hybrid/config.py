@@ -91,4 +91,7 @@ def hybrid_config_class(teacher: Any, **traits: bool) -> Any:
         "mixer_config": None,
         **traits,
     }
-    return type(f"Hybrid{teacher.__name__}", (HybridConfigMixin, teacher), keys)
+    made = globals()[f"Hybrid{teacher.__name__}"] = type(
+        f"Hybrid{teacher.__name__}", (HybridConfigMixin, teacher), keys
+    )
+    return made

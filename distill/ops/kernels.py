@@ -48,10 +48,12 @@ def has_numba() -> bool:
 
 def serves(kernels: str, *tensors: Tensor) -> bool:
     """Whether the compiled step of a whole mixer (`distill.ops.decode_cpu`) can take these: contiguous float32 on CPU,
-    and no other kernel asked for."""
+    there (a shard of ZeRO-3 is empty), and no other kernel asked for."""
     return (
         kernels in ("auto", "cpu")
         and not torch.compiler.is_compiling()
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        and all(
+            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() for t in tensors
+        )
         and has_numba()
     )
