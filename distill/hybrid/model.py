@@ -24,6 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distill.hybrid.config import hybrid_config_class
+from distill.hybrid.offload import preload_mixers
 from distill.mixers import ATTENTION, mixer_class
 
 Objective = Callable[[torch.Tensor, nn.Module], torch.Tensor]
@@ -125,6 +126,7 @@ class HybridMixin:
             if name != ATTENTION:
                 self.model.layers[block].self_attn = mixer_class(name)(self.config, block)
         if set(self.config.mixers) != {ATTENTION}:
+            self.model.register_forward_pre_hook(preload_mixers)
             self.model.register_forward_pre_hook(mark_documents, with_kwargs=True)
             if hasattr(self.model, "has_sliding_layers"):
                 self.model.register_forward_pre_hook(name_masks, with_kwargs=True)
