@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("distill.init", "distill.init.*"),  # F2
     ("distill", "distill.hybrid", "distill.hybrid.*"),
-    ("distill.teacher",),
+    ("distill.teacher", "distill.lm_eval"),
     ("distill.trainer",),  # F5
     ("distill.importance", "distill.importance.*", "distill.posttrain", "distill.posttrain.*"),
     ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
