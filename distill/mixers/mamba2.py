@@ -55,7 +55,8 @@ class Mixer(nn.Module):
         self.b_norm = self.c_norm = None
         if options["bc_norm"] is True:
             self.b_norm, self.c_norm = (nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
-        self.reset_parameters()
+        if self.in_proj.weight.numel():  # ZeRO-3 has taken it apart already; transformers resets it when gathered
+            self.reset_parameters()
 
     @staticmethod
     def check(config: Any) -> None:
