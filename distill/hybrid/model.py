@@ -144,11 +144,13 @@ class HybridMixin:
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         objective: Objective | None = None,
         **kwargs: Any,
     ) -> Any:
         """The family's forward. With ``objective``, returns its loss and computes no logits (so that the loss
-        can go through the head in chunks, inside whatever wraps this module)."""
+        can go through the head in chunks, inside whatever wraps this module). ``labels`` stands here by name because
+        a Trainer drops the columns of its data that the signature has not."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -157,7 +159,7 @@ class HybridMixin:
             "inputs_embeds": inputs_embeds,
         }
         if objective is None:
-            return super().forward(**inputs, **kwargs)  # type: ignore[misc]
+            return super().forward(labels=labels, **inputs, **kwargs)  # type: ignore[misc]
         hidden = self.model(**inputs, **kwargs).last_hidden_state
         return CausalLMOutputWithPast(loss=objective(head_input(self, hidden), self.lm_head))
 

@@ -17,7 +17,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from transformers import AutoModelForCausalLM
+from torch.utils.data import SequentialSampler
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 import distill  # noqa: F401  registers the hybrids
@@ -48,6 +49,7 @@ def settings(run: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **RUNS[run],
@@ -73,9 +75,9 @@ def train(run: str, source: Path, output: Path, ids: torch.Tensor) -> dict[str, 
     dtypes = {name: str(parameter.dtype) for name, parameter in engine.module.named_parameters()}
     whole = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
     engine.save_checkpoint(str(output / run), tag="last")
-    engine.save_16bit_model(str(output / run / "half"), "model.safetensors")
+    engine.save_16bit_model(str(output / run / "gathered"))
     if dist.get_rank() == 0:
-        torch.save({name: tensor for name, tensor in whole.items()}, output / run / "expected.pt")
+        torch.save(whole, output / run / "expected.pt")
     # on from what was saved
     again = AutoModelForCausalLM.from_pretrained(source)
     optimizer = torch.optim.AdamW(again.parameters(), lr=RATE, weight_decay=0.0)
@@ -91,14 +93,59 @@ def train(run: str, source: Path, output: Path, ids: torch.Tensor) -> dict[str, 
     return {"losses": losses, "dtypes": dtypes, "next": next_losses}
 
 
+def fresh(source: Path) -> dict[str, Any]:
+    """A hybrid built under ZeRO-3 without weights: what the mixers' own parameters start as."""
+    held = HfDeepSpeedConfig(settings("zero3"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    mixers = [block.self_attn for block in model.model.layers if hasattr(block.self_attn, "mil_slots")]
+    own = [parameter for mixer in mixers for parameter in mixer.parameters(recurse=False)]
+    assert all(parameter.numel() == 0 for parameter in own), "not in parts"
+    with deepspeed.zero.GatheredParameters(own):
+        found = {
+            type(mixer).__module__.rpartition(".")[2]: {
+                name: parameter.detach().flatten().tolist() for name, parameter in mixer.named_parameters(recurse=False)
+            }
+            for mixer in mixers
+        }
+    del held
+    return found
+
+
+def trainer(source: Path, output: Path, ids: torch.Tensor) -> list[float]:
+    """The same training through transformers' Trainer (and so Accelerate), and what it saves."""
+    arguments = TrainingArguments(
+        output_dir=str(output / "trainer"), deepspeed=settings("zero3"), per_device_train_batch_size=2, max_steps=STEPS,
+        learning_rate=RATE, weight_decay=0.0, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(source)
+    rows = [{"input_ids": row, "labels": row} for row in ids] * STEPS
+    trainer = SequentialTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(output / "trainer" / "model"))
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+class SequentialTrainer(Trainer):
+    """Rows in their order, so that every step sees the same four."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
 def main() -> None:
     source, output = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     no_compiled_operators()
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
-    ids = torch.load(source / "ids.pt")[2 * rank : 2 * rank + 2]
-    found = {run: train(run, source, output, ids) for run in (sys.argv[3:] or RUNS)}
+    rows = torch.load(source / "ids.pt")
+    ids = rows[2 * rank : 2 * rank + 2]
+    found: dict[str, Any] = {run: train(run, source, output, ids) for run in RUNS}
+    found["fresh"] = fresh(source)
+    found["trainer"] = trainer(source, output, rows)
     if rank == 0:
         (output / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

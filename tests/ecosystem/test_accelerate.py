@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 
 @pytest.fixture
@@ -86,6 +86,22 @@ def test_scans_stay_exact_under_autocast(
     for name, parameter in swapped.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
         assert parameter.grad.isfinite().all() and bool(parameter.grad.any()), name
+
+
+def test_the_plain_trainer_learns(swapped: Any, chain: Tensor, tmp_path: Path) -> None:
+    """transformers' Trainer, which stands on Accelerate: its columns reach the model, its checkpoint is loaded."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row, "no_column_of_ours": 1} for row in chain] * 8
+    trainer = Trainer(model=swapped, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(p, swapped.get_parameter(name)) for name, p in loaded.named_parameters())
 
 
 @torch.no_grad()
