@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+DEEPSPEED := $(VENV)/deepspeed
 
-.PHONY: demo test test-slow test-faults smoke lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-deepspeed smoke lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -17,6 +18,9 @@ test-slow: $(STAMP)  ## the tests that take half a minute and more each
 
 test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (13 minutes on 2 cores)
 	$(BIN)/python -m pytest -m slow -s tests/faults
+
+test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
+	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke
@@ -40,6 +44,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# an environment of its own on top of the other: every process that trains would import DeepSpeed where it is found
+$(DEEPSPEED)/installed: $(STAMP)
+	$(BIN)/python -m venv $(DEEPSPEED)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(DEEPSPEED)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
 	touch $@
 
 clean:
