@@ -1,6 +1,7 @@
 """One rank of the training that test_deepspeed.py starts: a hybrid under every ZeRO stage, saved in each way.
 
-Usage: torchrun --nproc-per-node 2 deepspeed_worker.py HYBRID OUTPUT
+Usage: torchrun --nproc-per-node 2 deepspeed_worker.py FOLDER OUTPUT, where FOLDER has the hybrid ``my-hybrid``,
+``ids.pt`` to train it on, and ``snippet.py``, which is the documentation's.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from torch.utils.data import SequentialSampler
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import distill  # noqa: F401  registers the hybrids
@@ -113,26 +113,12 @@ def fresh(source: Path) -> dict[str, Any]:
     return found
 
 
-def trainer(source: Path, output: Path, ids: torch.Tensor) -> list[float]:
-    """The same training through transformers' Trainer (and so Accelerate), and what it saves."""
-    arguments = TrainingArguments(
-        output_dir=str(output / "trainer"), deepspeed=settings("zero3"), per_device_train_batch_size=2, max_steps=STEPS,
-        learning_rate=RATE, weight_decay=0.0, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(source)
-    rows = [{"input_ids": row, "labels": row} for row in ids] * STEPS
-    trainer = SequentialTrainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    trainer.save_model(str(output / "trainer" / "model"))
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-class SequentialTrainer(Trainer):
-    """Rows in their order, so that every step sees the same four."""
-
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
+def page(snippet: str, folder: Path) -> list[float]:
+    """Run a snippet of the documentation in a folder; losses of the ``trainer`` that it made."""
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "docs/ecosystem.md", "exec"), names)
+    return [line["loss"] for line in names["trainer"].state.log_history if "loss" in line]
 
 
 def main() -> None:
@@ -141,11 +127,10 @@ def main() -> None:
     no_compiled_operators()
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
-    rows = torch.load(source / "ids.pt")
-    ids = rows[2 * rank : 2 * rank + 2]
-    found: dict[str, Any] = {run: train(run, source, output, ids) for run in RUNS}
-    found["fresh"] = fresh(source)
-    found["trainer"] = trainer(source, output, rows)
+    ids = torch.load(source / "ids.pt")[2 * rank : 2 * rank + 2]
+    found: dict[str, Any] = {run: train(run, source / "my-hybrid", output, ids) for run in RUNS}
+    found["fresh"] = fresh(source / "my-hybrid")
+    found["page"] = page((source / "snippet.py").read_text(), source)
     if rank == 0:
         (output / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -56,14 +56,6 @@ def results(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     return json.loads(path.read_text())["results"], samples
 
 
-def run(program: list[str], folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """A program of its own with lm-eval's arguments, offline."""
-    environment = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "HOME": str(folder / "home")}
-    command = [*program, *arguments(folder, *more)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture
 def checkpoint(make_hybrid: Any, tokenizer: Any, tmp_path: Path) -> Path:
     """A saved hybrid with its tokenizer."""
@@ -108,30 +100,11 @@ def test_scores_are_the_models_own(
     assert scores["local_choice"]["acc,none"] == pytest.approx(right / len(DOCUMENTS))
 
 
-OURS = ROOT / "eval" / "tasks"
-
-
 @pytest.mark.slow
-def test_it_is_a_program(checkpoint: Path, local_tasks: list[str]) -> None:
-    done = run([sys.executable, "-m", "distill.lm_eval"], checkpoint, *local_tasks)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert results(checkpoint)[0].keys() == {"local_choice", "local_generate"} and "|local_choice" in done.stdout
-
-
-@pytest.mark.slow
-def test_our_tasks_by_path_need_no_more_than_lm_eval(checkpoint: Path) -> None:
-    """A task that is given by its file is read before the model is made, and ours import this package."""
-    tasks = ",".join(str(OURS / f"embedded_{name}.yaml") for name in ("choice", "mod"))
-    done = run([str(Path(sys.executable).parent / "lm_eval")], checkpoint, "--tasks", tasks, "--limit", "3")
-    assert done.returncode == 0, done.stderr[-4000:]
-    scores, samples = results(checkpoint)
-    assert scores.keys() == samples.keys() == {"embedded_choice", "embedded_mod"}
-    assert [len(found) for found in samples.values()] == [3, 3]
-
-
-@pytest.mark.slow
-def test_lm_eval_alone_does_not_know_hybrids(checkpoint: Path) -> None:
+def test_lm_eval_alone_does_not_know_hybrids(checkpoint: Path, local_tasks: list[str]) -> None:
     """What the module is there for: lm-eval makes the model before it reads a task that is given by name."""
-    tasks = ["--tasks", "embedded_choice", "--include_path", str(OURS)]
-    done = run([str(Path(sys.executable).parent / "lm_eval")], checkpoint, *tasks)
+    program = str(Path(sys.executable).parent / "lm_eval")
+    environment = {"PATH": str(Path(program).parent), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [program, *arguments(checkpoint, *local_tasks)]
+    done = subprocess.run(command, cwd=checkpoint, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "does not recognize this architecture" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from distill.errors import UserError
 from distill.hybrid.surgery import keep_fp32
@@ -114,12 +114,16 @@ def test_saved_loaded_and_merged(swapped: Any, chain: Tensor, tmp_path: Path) ->
 
 
 @torch.no_grad()
-def test_generation_through_the_wrapper(swapped: Any, chain: Tensor) -> None:
+@pytest.mark.parametrize("targets", ["ours", "all-linear"])
+def test_generation_through_the_wrapper(swapped: Any, chain: Tensor, targets: str) -> None:
     """Step by step from the cache as the adapted model says it all at once; a padded batch as each alone."""
-    model = adapted(swapped).eval()
+    model = adapted(swapped, **({} if targets == "ours" else {"target_modules": targets})).eval()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     texts = model.generate(input_ids=chain[:, :9], **options)
-    assert torch.equal(model(texts).logits[:, 8:-1].argmax(-1), texts[:, 9:])
+    whole, cache = model(texts).logits, DynamicCache(config=swapped.config)
+    assert torch.equal(whole[:, 8:-1].argmax(-1), texts[:, 9:])
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in texts.split([9, 1, 1, 4], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
     mask = torch.ones_like(chain[:, :9])
     mask[0, :4] = 0
     padded = model.generate(input_ids=chain[:, :9], attention_mask=mask, **options)
