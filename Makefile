@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+PEERS := $(VENV)/peers
 DEEPSPEED := $(VENV)/deepspeed
 
-.PHONY: demo test test-slow test-faults test-deepspeed smoke lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-deepspeed smoke bench-mixers lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -24,6 +25,9 @@ test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke
+
+bench-mixers: $(PEERS)  ## the mixers beside mamba-ssm's reference, transformers' slow path and attention (some ten minutes)
+	PEERS=$(PEERS) $(BIN)/python benchmarks/mixers.py --plot docs/mixers.png
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy
@@ -53,6 +57,10 @@ $(DEEPSPEED)/installed: $(STAMP)
 		> $$($(DEEPSPEED)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
 	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
 	touch $@
+
+$(PEERS): $(STAMP)  ## sources to measure against, beside the environment and not in it: nothing is compiled
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --no-deps \
+		--no-build-isolation --target $@ mamba-ssm==2.3.2.post1 einops==0.8.1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

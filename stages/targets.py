@@ -97,6 +97,8 @@ def check(config: RunConfig) -> None:
     if config.kernels == "cpu" and torch.cuda.is_available():
         raise UserError("kernels=cpu runs on the CPU alone, and this machine has a GPU: kernels=auto or reference")
     choose("mixer.name", config.mixer.name, mixers())
+    for block, mixer in config.mixer.blocks.items():
+        choose(f"mixer.blocks.{block}", mixer, mixers())
     choose("mixer.init", config.mixer.init, initialisations())
     for name in (config.score.first, config.score.later):
         choose("score", name, scores())
