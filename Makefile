@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PEERS := $(VENV)/peers
+DEEPSPEED := $(VENV)/deepspeed
 
-.PHONY: demo test test-slow test-faults test-transformers smoke bench-mixers lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-transformers test-deepspeed smoke bench-mixers lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -39,6 +40,9 @@ $(UPSTREAM)/ready: $(STAMP)
 		parameterized==0.9.0 httpx==0.28.1
 	touch $@
 
+test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
+	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py
+
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke
 
@@ -64,6 +68,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# an environment of its own on top of the other: every process that trains would import DeepSpeed where it is found
+$(DEEPSPEED)/installed: $(STAMP)
+	$(BIN)/python -m venv $(DEEPSPEED)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(DEEPSPEED)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
 	touch $@
 
 $(PEERS): $(STAMP)  ## sources to measure against, beside the environment and not in it: nothing is compiled

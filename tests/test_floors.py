@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("distill.init", "distill.init.*"),  # F2
     ("distill.hybrid", "distill.hybrid.*"),
-    ("distill.teacher", "distill.likelihood"),
+    ("distill.teacher", "distill.likelihood", "distill.lm_eval"),
     ("distill.trainer",),  # F5
     (
         "distill.importance",

@@ -58,7 +58,10 @@ class Mixer(nn.Module):
         self.b_norm = self.c_norm = None
         if options["bc_norm"] is True:
             self.b_norm, self.c_norm = (HeadRMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
-        self.reset_parameters()
+        if self.in_proj.weight.numel():
+            self.reset_parameters()
+        else:  # ZeRO-3 takes a module apart as soon as it is made, so that only what is directly here is still whole
+            self.reset_own()
 
     @staticmethod
     def check(config: Any) -> None:
@@ -92,13 +95,10 @@ class Mixer(nn.Module):
         """Mamba's initialisation: A = -(1..N), D = 1, dt bias such that softplus(bias) is log-uniform."""
         for layer in (self.in_proj, self.conv1d, self.out_proj):
             layer.reset_parameters()
-        device = self.A_log.device
-        steps = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device)
-        self.A_log.copy_(steps.log().expand_as(self.A_log))
-        self.D.fill_(1.0)
+        self.reset_own()
         self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         low, high = math.log(DT_MIN), math.log(DT_MAX)
-        dt = torch.exp(torch.rand(self.d_inner, device=device) * (high - low) + low).clamp(min=DT_FLOOR)
+        dt = torch.exp(torch.rand(self.d_inner, device=self.D.device) * (high - low) + low).clamp(min=DT_FLOOR)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         for layer in (self.in_proj, self.out_proj):
             if layer.bias is not None:
@@ -114,6 +114,13 @@ class Mixer(nn.Module):
             self.conv1d.weight[:, 0, -1].fill_(1.0)
             assert self.conv1d.bias is not None
             self.conv1d.bias.zero_()
+
+    @torch.no_grad()
+    def reset_own(self) -> None:
+        """The part of ``reset_parameters`` that is in no module inside this one: A and D."""
+        steps = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
+        self.A_log.copy_(steps.log().expand_as(self.A_log))
+        self.D.fill_(1.0)
 
     def _expand(self, states: torch.Tensor) -> torch.Tensor:
         """Key/value-sized states [..., X] to query-sized [..., G, N] under GQA.
@@ -178,7 +185,7 @@ class Mixer(nn.Module):
 
     def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
-        dt = F.softplus(self.dt_proj(projected[:, -self.dt_rank :]))
+        dt = F.softplus(self.dt_proj(projected[:, -self.dt_rank :]))  # called, for it may have an adapter
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         heads, faithful = (self.heads, self.kv_heads), self.options["mil_layout"] == "faithful"

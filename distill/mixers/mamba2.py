@@ -57,7 +57,10 @@ class Mixer(nn.Module):
         self.b_norm = self.c_norm = None
         if options["bc_norm"] is True:
             self.b_norm, self.c_norm = (HeadRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
-        self.reset_parameters()
+        if self.in_proj.weight.numel():
+            self.reset_parameters()
+        else:  # ZeRO-3 takes a module apart as soon as it is made, so that only what is directly here is still whole
+            self.reset_own()
 
     @staticmethod
     def check(config: Any) -> None:
@@ -96,16 +99,21 @@ class Mixer(nn.Module):
         for layer in (self.in_proj, self.conv1d, self.norm, self.out_proj, self.b_norm, self.c_norm):
             if layer is not None:
                 layer.reset_parameters()
-        self.A_log.uniform_(A_MIN, A_MAX).log_()
-        self.D.fill_(1.0)
-        low, high = math.log(DT_MIN), math.log(DT_MAX)
-        dt = torch.exp(torch.rand(self.heads, device=self.D.device) * (high - low) + low).clamp(min=DT_FLOOR)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.reset_own()
         if self.conv_init == "identity":
             self.conv1d.weight.zero_()
             self.conv1d.weight[:, 0, -1].fill_(1.0)
             assert self.conv1d.bias is not None
             self.conv1d.bias.zero_()
+
+    @torch.no_grad()
+    def reset_own(self) -> None:
+        """The part of ``reset_parameters`` that is in no module inside this one: A, D and the bias of dt."""
+        self.A_log.uniform_(A_MIN, A_MAX).log_()
+        self.D.fill_(1.0)
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = torch.exp(torch.rand(self.heads, device=self.D.device) * (high - low) + low).clamp(min=DT_FLOOR)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     @padding_first
     def forward(
