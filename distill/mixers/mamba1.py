@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.errors import UserError, choose
-from distill.ops import decode_cpu
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-from distill.ops.decode_cpu import serves
+from distill.ops.kernels import serves
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -192,6 +191,8 @@ class Mixer(nn.Module):
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         heads, faithful = (self.heads, self.kv_heads), self.options["mil_layout"] == "faithful"
+        from distill.ops import decode_cpu  # only here: it needs numba
+
         return decode_cpu.mamba1(
             projected, dt, taps, bias, self.A_log, self.D, conv_state, state, heads, faithful=faithful
         )

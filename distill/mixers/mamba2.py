@@ -19,9 +19,8 @@ from torch.nn import functional as F
 
 from distill.errors import UserError, choose
 from distill.mixers.mamba1 import DT_FLOOR, DT_MAX, DT_MIN, STARTS, norm_heads
-from distill.ops import decode_cpu
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-from distill.ops.decode_cpu import serves
+from distill.ops.kernels import serves
 from distill.ops.ssd import ssd, ssd_update
 
 A_MIN, A_MAX = 1.0, 16.0
@@ -170,6 +169,8 @@ class Mixer(nn.Module):
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         eps = self.norm.eps if self.norm.eps is not None else torch.finfo(torch.float32).eps
+        from distill.ops import decode_cpu  # only here: it needs numba
+
         return decode_cpu.mamba2(
             projected, taps, bias, self.dt_bias, self.A_log, self.D, self.norm.weight, eps, conv_state, state
         )
