@@ -28,7 +28,7 @@ from eval.accuracy import check_tasks
 from stages.context import Context, need
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
-from stages.targets import read_config
+from stages.targets import check_device, read_config
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
 
@@ -71,6 +71,7 @@ def open_run(
     first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
     hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
     if write:
+        check_device(config)
         check_files(config.teacher)
         sources = [entry.source for entry in config.data.mixture] or [config.data.source]
         check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)

@@ -3,8 +3,9 @@
 A mixer is an ``nn.Module`` named ``Mixer`` with
 ``Mixer(config, layer_idx)``, where ``config`` is a hybrid config (teacher's keys and ``mixer_config``);
 ``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``;
-``mil_slots()``, the parameter rows that MIL fills; ``reset_parameters()``; and ``check(config)``, which raises
-a UserError for a shape that it cannot take. ``attention`` is the teacher's own mixer and has no file here.
+``mil_slots()``, the parameter rows that MIL fills; ``reset_parameters()``; ``check(config)``, which raises
+a UserError for a shape that it cannot take; and ``operators``, those of `distill.ops` whose kernels it chooses by its
+attribute ``kernels``. ``attention`` is the teacher's own mixer and has no file here.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def mixer_class(name: str) -> Any:
 
 
 def set_kernels(model: nn.Module, kernels: str) -> None:
-    """Choose the implementation (``auto``, ``reference``, ``cpu``) for every mixer of a model."""
+    """Choose the implementation for every mixer of a model: one of `distill.ops.kernels.CHOICES`, explained there."""
     for module in model.modules():
         if hasattr(module, "mil_slots"):
             setattr(module, "kernels", kernels)  # noqa: B010

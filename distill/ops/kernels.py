@@ -38,6 +38,12 @@ def package_of(operator: str, kernel: str) -> str:
     return {"cpu": "numba", "mamba_ssm": "mamba_ssm", "fla": "fla"}.get(kernel, "")
 
 
+def check_kernel(operator: str, asked: str) -> None:
+    """Raise ValueError where ``asked`` cannot serve an operator on any machine, or not before a package is installed."""
+    kernels: tuple[str, ...] = importlib.import_module(f"distill.ops.{operator}").KERNELS
+    candidates(operator, kernels, asked, DEVICES.get(asked, "cpu"))
+
+
 def candidates(operator: str, kernels: tuple[str, ...], asked: str, device: str) -> list[str]:
     """The kernels that may serve ``asked``, the best first; more than one only for ``auto``. Imports nothing.
 
@@ -47,8 +53,8 @@ def candidates(operator: str, kernels: tuple[str, ...], asked: str, device: str)
     if operator in COMPANIONS and asked not in allowed and asked in CHOICES:
         asked = "auto"
     if asked not in allowed:
-        what = "unknown kernel" if asked not in CHOICES else f"there is no {_words(operator)} in the kernel"
-        raise ValueError(f"{what} '{asked}'{nearest(asked, allowed)}; allowed: {', '.join(allowed)}")
+        what = f"'{asked}' has no kernel for {_words(operator)}" if asked in CHOICES else f"unknown kernel '{asked}'"
+        raise ValueError(f"{what}{nearest(asked, allowed)}; allowed: {', '.join(allowed)}")
     fitting = [name for name in kernels if DEVICES.get(name, device) == device]
     if asked == "auto":
         return [name for name in fitting if _installed(package_of(operator, name))]
@@ -56,17 +62,10 @@ def candidates(operator: str, kernels: tuple[str, ...], asked: str, device: str)
         choices = ", ".join(f"'{name}'" for name in ("auto", *fitting))
         kind = {"cpu": "CPU", "cuda": "CUDA"}[DEVICES[asked]]
         raise ValueError(f"kernel '{asked}' needs {kind} tensors, got device '{device}'; use one of {choices}")
-    check_installed(asked, operator)
+    package = package_of(operator, asked)
+    if not _installed(package):
+        raise ValueError(f"kernel '{asked}' needs {package}, which is not installed: {INSTALL[asked]}, or use 'auto'")
     return [asked]
-
-
-def check_installed(kernel: str, *operators: str) -> None:
-    """Raise ValueError, with what to install, where a kernel of one of ``operators`` lacks its package."""
-    for package in (package_of(operator, kernel) for operator in operators):
-        if not _installed(package):
-            raise ValueError(
-                f"kernel '{kernel}' needs {package}, which is not installed: {INSTALL[kernel]}, or use 'auto'"
-            )
 
 
 @functools.cache

@@ -33,7 +33,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """`distill.ops.ssd.ssd` on tensors that have been checked; shapes as there.
 
-    x, B and C go in as the widest of their types; dt, A, D and the states are float32. float64 runs in the chunked form.
+    x, B and C go in as the widest of their types; dt, A, D and the states are float32. float64 runs in
+    `distill.ops.ssd_chunked`.
     """
     if compute_dtype(x, dt, A, B, C, D) == torch.float64:
         return chunked.scan(x, dt, A, B, C, D, reset, initial_state)
