@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.errors import UserError, choose
+from distill.ops import decode_cpu
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from distill.ops.decode_cpu import serves
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -141,23 +143,36 @@ class Mixer(nn.Module):
         ``past_key_values`` is a transformers cache whose layer here is a LinearAttentionLayer: conv state
         [B, D, K-1], recurrent state [B, D, N] in fp32; both are updated in place.
         """
-        z, x, b, c, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
-        b, c = norm_heads(b, self.b_norm), norm_heads(c, self.c_norm)
+        projected = self.in_proj(hidden_states)
+        conv_state: Any = None
+        scan_state: Any = None
+        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
+            layer = past_key_values.layers[self.layer_idx]
+            conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
+            if torch.is_grad_enabled():  # the cache is written in place below, and backward needs what was there
+                conv_state, scan_state = conv_state.clone(), scan_state.clone()
+        one_token = conv_state is not None and hidden_states.shape[1] == 1 and document_starts is None
+        one_token = one_token and not torch.is_grad_enabled()
+        z, x, b, c, dt = projected.split(self.splits, dim=-1)
+        if self.b_norm is not None:
+            b, c = norm_heads(b, self.b_norm), norm_heads(c, self.c_norm)
+        if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log):
+            if self.b_norm is not None:
+                projected = torch.cat([z, x, b, c, dt], dim=-1)
+            return self.out_proj(self._compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
         x, b = self._expand(x).flatten(-2), self._expand(b)
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
         a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        conv_state = scan_state = None
-        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
-            layer = past_key_values.layers[self.layer_idx]
-            conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
-            if hidden_states.shape[1] == 1 and document_starts is None and not torch.is_grad_enabled():
-                u = causal_conv1d_update(conv_state, x[:, 0], taps, bias)
-                y = selective_scan_update(scan_state, u, dt[:, 0], a, b[:, 0], c[:, 0], self.D, kernel=self.kernels)
-                return self.out_proj(y.unsqueeze(1) * F.silu(z)), None
-        u, conv_state = causal_conv1d(x, taps, bias, reset=document_starts, initial_state=conv_state)
+        if one_token:
+            u = causal_conv1d_update(conv_state, x[:, 0], taps, bias, kernel=self.kernels)
+            y = selective_scan_update(scan_state, u, dt[:, 0], a, b[:, 0], c[:, 0], self.D, kernel=self.kernels)
+            return self.out_proj(y.unsqueeze(1) * F.silu(z)), None
+        u, conv_state = causal_conv1d(
+            x, taps, bias, reset=document_starts, initial_state=conv_state, kernel=self.kernels
+        )
         y, scan_state = selective_scan(
             u, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
         )
@@ -165,6 +180,16 @@ class Mixer(nn.Module):
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(scan_state, self.layer_idx)
         return self.out_proj(y * F.silu(z)), None
+
+    def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
+        dt = F.softplus(F.linear(projected[:, -self.dt_rank :], self.dt_proj.weight, self.dt_proj.bias))
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        assert bias is not None
+        heads, faithful = (self.heads, self.kv_heads), self.options["mil_layout"] == "faithful"
+        return decode_cpu.mamba1(
+            projected, dt, taps, bias, self.A_log, self.D, conv_state, state, heads, faithful=faithful
+        )
 
 
 def norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:

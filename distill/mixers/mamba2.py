@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from distill.errors import UserError, choose
 from distill.mixers.mamba1 import DT_FLOOR, DT_MAX, DT_MIN, STARTS, norm_heads
+from distill.ops import decode_cpu
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from distill.ops.decode_cpu import serves
 from distill.ops.ssd import ssd, ssd_update
 
 A_MIN, A_MAX = 1.0, 16.0
@@ -119,23 +121,35 @@ class Mixer(nn.Module):
         ``past_key_values`` is a transformers cache whose layer here is a LinearAttentionLayer: conv state
         [B, 3 D, K-1], recurrent state [B, H, P, N] in fp32; both are updated in place.
         """
-        z, xbc, dt = self.in_proj(hidden_states).split(self.splits, dim=-1)
+        projected = self.in_proj(hidden_states)
+        conv_state: Any = None
+        scan_state: Any = None
+        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
+            layer = past_key_values.layers[self.layer_idx]
+            conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
+            if torch.is_grad_enabled():  # the cache is written in place below, and backward needs what was there
+                conv_state, scan_state = conv_state.clone(), scan_state.clone()
+        one_token = conv_state is not None and hidden_states.shape[1] == 1 and document_starts is None
+        one_token = one_token and not torch.is_grad_enabled()
+        z, xbc, dt = projected.split(self.splits, dim=-1)
         if self.b_norm is not None:
             x, b, c = xbc.split(self.d_inner, dim=-1)
             xbc = torch.cat([x, norm_heads(b, self.b_norm), norm_heads(c, self.c_norm)], dim=-1)
+        if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log):
+            if self.b_norm is not None:
+                projected = torch.cat([z, xbc, dt], dim=-1)
+            return self.out_proj(self._compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
         a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        conv_state = scan_state = None
-        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
-            layer = past_key_values.layers[self.layer_idx]
-            conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
-            if hidden_states.shape[1] == 1 and document_starts is None and not torch.is_grad_enabled():
-                x, b, c = self._heads(causal_conv1d_update(conv_state, xbc[:, 0], taps, bias))
-                y = ssd_update(scan_state, x, dt[:, 0], a, b, c, self.D, kernel=self.kernels)
-                return self.out_proj(self._gated_norm(y.unsqueeze(1), z)), None
-        xbc, conv_state = causal_conv1d(xbc, taps, bias, reset=document_starts, initial_state=conv_state)
+        if one_token:
+            x, b, c = self._heads(causal_conv1d_update(conv_state, xbc[:, 0], taps, bias, kernel=self.kernels))
+            y = ssd_update(scan_state, x, dt[:, 0], a, b, c, self.D, kernel=self.kernels)
+            return self.out_proj(self._gated_norm(y.unsqueeze(1), z)), None
+        xbc, conv_state = causal_conv1d(
+            xbc, taps, bias, reset=document_starts, initial_state=conv_state, kernel=self.kernels
+        )
         x, b, c = self._heads(xbc)
         y, scan_state = ssd(
             x, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
@@ -144,6 +158,15 @@ class Mixer(nn.Module):
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(scan_state, self.layer_idx)
         return self.out_proj(self._gated_norm(y, z)), None
+
+    def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        assert bias is not None
+        eps = self.norm.eps if self.norm.eps is not None else torch.finfo(torch.float32).eps
+        return decode_cpu.mamba2(
+            projected, taps, bias, self.dt_bias, self.A_log, self.D, self.norm.weight, eps, conv_state, state
+        )
 
     def _heads(self, xbc: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., 3 D] to x, B and C, each [..., H, P]."""

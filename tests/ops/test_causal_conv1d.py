@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distill.ops import causal_conv1d_cpu as cpu
+from distill.ops import cpu as tools
 from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+
+KERNELS = ["cpu", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -78,20 +83,69 @@ def run(
     return {"y": y.detach(), "final_state": final_state.detach(), **grads}
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("taps", [1, 2, 4])
 @pytest.mark.parametrize(("batch", "steps"), [(3, 1), (1, 2), (3, 63), (1, 1000)])
-def test_matches_one_convolution_per_document(batch: int, steps: int, taps: int, resets: bool, state: bool) -> None:
+def test_matches_one_convolution_per_document(
+    batch: int, steps: int, taps: int, resets: bool, state: bool, kernel: str
+) -> None:
     operands = make(batch, steps, taps, resets=resets, state=state)
     want = run(operands, torch.float64, oracle)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-        got = run(operands, dtype, causal_conv1d)
+        got = run(operands, dtype, partial(causal_conv1d, kernel=kernel))
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert got[name].dtype == dtype
             scale = float(value.abs().max()) if value.numel() else 0.0
             torch.testing.assert_close(got[name].double(), value, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("steps", [127, 128, 129, 131, 256, 258])
+def test_documents_at_the_edges_of_a_task(steps: int) -> None:
+    """Tasks are 128 tokens: what reaches over an edge, and what a document's start there cuts off."""
+    operands = make(2, steps, 4, resets=False, state=True, channels=3)
+    for start in (125, 126, 127, 128, 129, 130):
+        reset = torch.zeros(2, steps, dtype=torch.bool)
+        reset[0, min(start, steps - 1)] = True
+        reset[1, 0] = True
+        operands["reset"] = reset
+        want, got = run(operands, torch.float64, oracle), run(operands, torch.float64, causal_conv1d)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-12 * float(value.abs().max()), msg=name)
+
+
+def test_same_bits_on_repeat_and_for_any_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "SERIAL_WORK", 0)
+    operands = make(2, 300, 4, resets=True, state=True)
+    want = run(operands, torch.float32, causal_conv1d)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        got = run(operands, torch.float32, causal_conv1d)
+        assert all(torch.equal(got[name], value) for name, value in want.items()), threads
+
+
+def test_auto_takes_the_compiled_kernel_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    real = cpu.conv
+    monkeypatch.setattr(cpu, "conv", lambda *operands: called.append(1) or real(*operands))
+    operands = make(1, 3, 4, resets=False, state=False)
+    causal_conv1d(**operands)
+    causal_conv1d(**operands, kernel="reference")
+    assert called == [1]
+    with pytest.raises(ValueError, match="unknown kernel 'referense' .did you mean 'reference'"):
+        causal_conv1d(**operands, kernel="referense")
+
+
+def test_only_the_gradients_asked_for() -> None:
+    operands = {name: value for name, value in make(2, 7, 4, resets=True, state=True).items() if value is not None}
+    operands["weight"].requires_grad_()
+    before = operands["initial_state"].clone()
+    y, final = causal_conv1d(**operands)
+    y.sum().backward()
+    assert operands["weight"].grad is not None and operands["x"].grad is None and operands["bias"].grad is None
+    assert not final.requires_grad and torch.equal(operands["initial_state"], before)
 
 
 def test_gradcheck() -> None:
@@ -120,21 +174,22 @@ def test_final_state_of_a_short_document() -> None:
     assert [final(steps) for steps in range(1, 7)] == want
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("poison", [7.0, torch.nan])
 @pytest.mark.parametrize("changed", [1, 2])
-def test_documents_do_not_reach_each_other(changed: int, poison: float) -> None:
+def test_documents_do_not_reach_each_other(changed: int, poison: float, kernel: str) -> None:
     start = 11
     operands = make(2, 20, 4, resets=False, state=True)
     operands["reset"] = torch.zeros(2, 20, dtype=torch.bool)
     operands["reset"][:, start] = True
-    want = run(operands, torch.float32, causal_conv1d)
+    want = run(operands, torch.float32, partial(causal_conv1d, kernel=kernel))
     one, two = slice(0, start), slice(start, 20)
     touched, untouched = (one, two) if changed == 1 else (two, one)
     operands["x"] = operands["x"].clone()
     operands["x"][:, touched] = poison
     if changed == 1:
         operands["initial_state"] = torch.full_like(operands["initial_state"], poison)
-    got = run(operands, torch.float32, causal_conv1d)
+    got = run(operands, torch.float32, partial(causal_conv1d, kernel=kernel))
     for name in ("y", "x"):
         assert torch.equal(got[name][:, untouched], want[name][:, untouched]), name
         assert not torch.equal(got[name][:, touched], want[name][:, touched]), name
@@ -142,18 +197,19 @@ def test_documents_do_not_reach_each_other(changed: int, poison: float) -> None:
     assert torch.equal(got[alone], want[alone])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("taps", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_prefill_equals_chunks_equals_tokens(dtype: torch.dtype, taps: int) -> None:
+def test_prefill_equals_chunks_equals_tokens(dtype: torch.dtype, taps: int, kernel: str) -> None:
     operands = make(2, 40, taps, resets=True, state=True)
     reset = operands.pop("reset")
     x, weight, bias, state = (value.to(dtype) for value in operands.values() if value is not None)
-    want, want_state = causal_conv1d(x, weight, bias, reset=reset, initial_state=state)
+    want, want_state = causal_conv1d(x, weight, bias, reset=reset, initial_state=state, kernel=kernel)
     assert want.dtype == want_state.dtype == dtype
 
     pieces, carried = [], state
     for part in (slice(0, 1), slice(1, 3), slice(3, 30), slice(30, 40)):
-        y, carried = causal_conv1d(x[:, part], weight, bias, reset=reset[:, part], initial_state=carried)
+        y, carried = causal_conv1d(x[:, part], weight, bias, reset=reset[:, part], initial_state=carried, kernel=kernel)
         pieces.append(y)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(torch.cat(pieces, 1), want, rtol=tolerance, atol=tolerance)
@@ -162,7 +218,7 @@ def test_prefill_equals_chunks_equals_tokens(dtype: torch.dtype, taps: int) -> N
     tokens, carried = [], state.clone()
     for t in range(40):
         carried[reset[:, t]] = 0
-        tokens.append(causal_conv1d_update(carried, x[:, t], weight, bias))
+        tokens.append(causal_conv1d_update(carried, x[:, t], weight, bias, kernel=kernel))
     torch.testing.assert_close(torch.stack(tokens, 1), want, rtol=tolerance, atol=tolerance)
     assert torch.equal(carried, want_state)
 
