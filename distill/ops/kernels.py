@@ -39,7 +39,7 @@ def package_of(operator: str, kernel: str) -> str:
 
 
 def check_kernel(operator: str, asked: str) -> None:
-    """Raise ValueError where ``asked`` cannot serve an operator on any machine, or not before a package is installed."""
+    """Raise ValueError where ``asked`` cannot serve an operator, be the device what it may, or lacks its package."""
     kernels: tuple[str, ...] = importlib.import_module(f"distill.ops.{operator}").KERNELS
     candidates(operator, kernels, asked, DEVICES.get(asked, "cpu"))
 

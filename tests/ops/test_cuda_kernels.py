@@ -4,7 +4,6 @@ documents, gradients and states are ours and are tested without a GPU), and on a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 from distill.ops.ssd import ssd, ssd_update
 
@@ -37,18 +37,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def conv(kernel: str, **operands: Any) -> tuple[Tensor, Tensor]:
-    module = importlib.import_module(f"distill.ops.causal_conv1d_{kernel}")
-    y, state = module.conv(*(operands[name] for name in ("x", "weight", "bias", "reset", "initial_state")))
-    return y, state
-
-
-def conv_update(kernel: str, state: Tensor, **operands: Any) -> Tensor:
-    module = importlib.import_module(f"distill.ops.causal_conv1d_{kernel}")
-    y: Tensor = module.update(state, *(operands[name] for name in ("x", "weight", "bias")))
-    return y
-
-
 @dataclass(frozen=True)
 class Case:
     """An operator with one of its kernels."""
@@ -58,7 +46,7 @@ class Case:
 
     def run(self, operands: Operands, kernel: str = "") -> tuple[Tensor, Tensor]:
         """(y, final state) of this kernel, or of another."""
-        operator: Callable[..., Any] = {"selective_scan": selective_scan, "ssd": ssd, "conv": conv}[self.name]
+        operator: Callable[..., Any] = {"selective_scan": selective_scan, "ssd": ssd, "conv": causal_conv1d}[self.name]
         y, state = operator(**operands, kernel=kernel or self.kernel)
         return y, state
 
@@ -67,7 +55,7 @@ class Case:
         update: Callable[..., Tensor] = {
             "selective_scan": selective_scan_update,
             "ssd": ssd_update,
-            "conv": conv_update,
+            "conv": causal_conv1d_update,
         }[self.name]
         return update(**{"state": state, "kernel": kernel or self.kernel, **operands})
 
@@ -209,10 +197,11 @@ def test_a_document_does_not_know_the_one_before_it(case: Case, device: str) -> 
     assert not torch.equal(one["y"][:, :17], other["y"][:, :17])
     for name in ("y", "x", "dt", "B", "C"):
         if name in one:
-            torch.testing.assert_close(one[name][:, 17:], other[name][:, 17:], rtol=1e-6, atol=1e-6)
-            if case is not SSD and device == "cpu":  # on a GPU, B and C are summed in any order
+            if case is SSD:  # mamba-ssm adds decays up across the documents of a chunk
+                torch.testing.assert_close(one[name][:, 17:], other[name][:, 17:], rtol=1e-4, atol=1e-4)
+            elif device == "cpu" or name == "y":  # on a GPU, gradients of B and C are summed in any order
                 assert torch.equal(one[name][:, 17:], other[name][:, 17:]), name
-    torch.testing.assert_close(one["final_state"], other["final_state"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one["final_state"], other["final_state"], rtol=1e-4, atol=1e-4)
     assert one["initial_state"][:, :, 1:].abs().sum() > 0, "the first document still starts from the state"
 
 
@@ -273,14 +262,14 @@ def test_what_a_kernel_does_not_take_runs_in_plain_pytorch(case: Case, device: s
 def test_convolutions_that_do_not_fit_run_in_plain_pytorch(device: str) -> None:
     for channels, taps in ((12, 4), (16, 5), (16, 1)):
         x, weight, bias = torch.randn(2, 7, channels), torch.randn(channels, taps), torch.randn(channels)
-        operands = {"x": x, "weight": weight, "bias": bias, "reset": None, "initial_state": None}
-        want, _ = conv("reference", **operands)
-        got, state = conv("mamba_ssm", **{k: v if v is None else v.to(device) for k, v in operands.items()})
+        operands = {"x": x, "weight": weight, "bias": bias}
+        want, _ = CONV.run(operands, "reference")
+        got, state = CONV.run({name: value.to(device) for name, value in operands.items()})
         torch.testing.assert_close(got.cpu(), want)
         assert state.shape == (2, channels, taps - 1)
     state = torch.zeros(2, 16, 3, device=device)
     x = torch.randn(2, 16, device=device, dtype=torch.bfloat16)  # a state of another type
-    conv_update("mamba_ssm", state, x=x, weight=torch.ones(16, 4, device=device), bias=torch.zeros(16, device=device))
+    CONV.step(state, {"x": x, "weight": torch.ones(16, 4, device=device), "bias": torch.zeros(16, device=device)})
     assert torch.equal(state[..., -1], x.float())
 
 
