@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from distill.ops import ssd_chunked, ssd_cpu, ssd_reference
+from distill.ops import cpu, ssd_chunked, ssd_cpu, ssd_reference
 from distill.ops.ssd import ssd, ssd_update
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -52,44 +53,59 @@ def gradients(scan: Any, tensors: list[Tensor], reset: Tensor | None, **options:
 SHAPES = [(2, 1, 4, 8, 4, 8), (3, 2, 3, 5, 3, 7), (2, 63, 4, 8, 2, 16), (1, 1000, 2, 4, 1, 8), (1, 130, 8, 16, 8, 16)]
 
 
+SCANS = {
+    "chunks of 16": partial(ssd_chunked.scan, chunk=16),
+    "chunks of 64": partial(ssd_chunked.scan, chunk=64),
+    "cpu": ssd_cpu.scan,
+}
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fp32_is_within_1e_4_of_the_plain_recurrence(shape: Any, chunk: int, packed: bool) -> None:
+def test_fp32_is_within_1e_4_of_the_plain_recurrence(shape: Any, scan: str, packed: bool) -> None:
     tensors = operands(*shape)
     reset = starts(*shape[:2]) if packed else None
     expected = gradients(ssd_reference.scan, tensors, reset)
-    found = gradients(ssd_chunked.scan, [tensor.float() for tensor in tensors], reset, chunk=chunk)
+    found = gradients(SCANS[scan], [tensor.float() for tensor in tensors], reset)
     for name, value in expected.items():
         error = (found[name].double() - value).norm() / value.norm().clamp(min=1e-12)
         assert error < 1e-4, (name, float(error))
     assert found["y"].dtype == torch.float32
 
 
+KERNELS = ["cpu", "chunked"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("dt", "decay"), [(1e3, 1e3), (1e-6, 1e-6), (30.0, 16.0), (1e3, 1e-9)])
-def test_extreme_steps_and_decays_neither_overflow_nor_lose_precision(dt: float, decay: float, packed: bool) -> None:
+def test_extreme_steps_and_decays_neither_overflow_nor_lose_precision(
+    dt: float, decay: float, packed: bool, kernel: str
+) -> None:
     tensors = operands(2, 130, 4, 8, 4, 8, dt=dt, decay=decay)
     reset = starts(2, 130) if packed else None
     expected = gradients(ssd_reference.scan, tensors, reset)
-    for name, value in gradients(ssd, [tensor.float() for tensor in tensors], reset).items():
+    for name, value in gradients(ssd, [tensor.float() for tensor in tensors], reset, kernel=kernel).items():
         assert value.isfinite().all(), name
         assert (value.double() - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-12, name
 
 
-def test_a_tiny_step_after_a_huge_one_keeps_its_precision() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_tiny_step_after_a_huge_one_keeps_its_precision(kernel: str) -> None:
     x, dt, A, B, C, D, _ = operands(1, 64, 1, 4, 1, 4)
     dt[:] = 1e-4
     dt[:, 3] = 1e5
     expected, _ = ssd_reference.scan(x, dt, A, B, C, D)
-    found, _ = ssd(*(tensor.float() for tensor in (x, dt, A, B, C, D)))
+    found, _ = ssd(*(tensor.float() for tensor in (x, dt, A, B, C, D)), kernel=kernel)
     assert (found[:, 4:].double() - expected[:, 4:]).norm() < 1e-4 * expected[:, 4:].norm()
 
 
-def test_float64_agrees_to_the_last_digits() -> None:
+@pytest.mark.parametrize("scan", SCANS)
+def test_float64_agrees_to_the_last_digits(scan: str) -> None:
     tensors = operands(2, 100, 4, 8, 2, 8)
     expected = gradients(ssd_reference.scan, tensors, starts(2, 100))
-    for name, value in gradients(ssd_chunked.scan, tensors, starts(2, 100), chunk=32).items():
+    for name, value in gradients(SCANS[scan], tensors, starts(2, 100)).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
@@ -101,8 +117,9 @@ def test_bf16_inputs_are_computed_in_float32() -> None:
     assert torch.equal(y, wide.bfloat16())
 
 
-@pytest.mark.parametrize("cut", [1, 20, 64, 99])
-def test_one_document_does_not_change_a_bit_of_the_next(cut: int) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cut", [1, 20, 32, 64, 99])
+def test_one_document_does_not_change_a_bit_of_the_next(cut: int, kernel: str) -> None:
     reset = torch.zeros(1, 130, dtype=torch.bool)
     reset[:, cut] = True
     tensors = [tensor.float() for tensor in operands(1, 130, 4, 8, 4, 8)]
@@ -110,7 +127,7 @@ def test_one_document_does_not_change_a_bit_of_the_next(cut: int) -> None:
     for index in (0, 1, 3, 4):
         others[index][:, :cut] *= 3
     others[6] += 1
-    one, two = (gradients(ssd, each, reset) for each in (tensors, others))
+    one, two = (gradients(ssd, each, reset, kernel=kernel) for each in (tensors, others))
     assert not torch.equal(one["y"][:, :cut], two["y"][:, :cut])
     assert torch.equal(one["y"][:, cut:], two["y"][:, cut:])
     assert torch.equal(one["state"], two["state"])
@@ -137,8 +154,41 @@ def test_chunks_of_tokens_and_single_tokens_continue_the_state() -> None:
 
 def test_the_same_bits_from_run_to_run() -> None:
     tensors = [tensor.float() for tensor in operands(2, 200, 4, 8, 4, 8)]
-    one, two = (gradients(ssd, tensors, starts(2, 200)) for _ in range(2))
+    one, two = (gradients(ssd, tensors, starts(2, 200), kernel="chunked") for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_compiled_scan_gives_the_same_bits_for_any_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SERIAL_WORK", 0)
+    tensors, before, found = [tensor.float() for tensor in operands(2, 200, 4, 8, 2, 8)], torch.get_num_threads(), []
+    for threads in (1, 2, 3, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(ssd, tensors, starts(2, 200), kernel="cpu"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one[name], value) for one in found[1:] for name, value in found[0].items())
+
+
+def test_an_infinite_document_leaves_the_next_alone() -> None:
+    """A select and not a product with zero, which would be NaN."""
+    reset = torch.zeros(1, 70, dtype=torch.bool)
+    reset[:, 40] = True
+    tensors = [tensor.float() for tensor in operands(1, 70, 2, 4, 2, 4)]
+    want = gradients(ssd, tensors, reset, kernel="cpu")
+    for index in (0, 3, 4):
+        tensors[index] = tensors[index].clone()
+        tensors[index][:, :40] = torch.inf
+    got = gradients(ssd, tensors, reset, kernel="cpu")
+    for name in ("y", "x", "dt", "B", "C"):
+        assert torch.equal(got[name][:, 40:], want[name][:, 40:]), name
+    assert torch.equal(got["state"], want["state"])
+
+
+def test_long_documents_keep_the_gradients_of_parameters() -> None:
+    tensors = operands(1, 20_000, 1, 4, 1, 4)
+    found = gradients(ssd, [tensor.float() for tensor in tensors], None, kernel="cpu")
+    expected = gradients(ssd, tensors, None, kernel="cpu")
+    for name in ("A", "D"):
+        assert (found[name].double() - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
 
 
 @pytest.mark.parametrize(
