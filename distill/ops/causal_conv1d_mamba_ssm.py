@@ -38,8 +38,10 @@ def conv(
         seq_idx=None if reset is None else reset.cumsum(1, dtype=torch.int32),
         initial_states=None if state is None else _channels_last(state),
         activation="silu",
-    )
-    return y.transpose(1, 2), _final_state(x, weight.shape[1] - 1, reset, state)
+    ).transpose(1, 2)
+    if y.requires_grad:
+        y.register_hook(_aligned)  # the backward reads its gradient as the forward reads x
+    return y, _final_state(x, weight.shape[1] - 1, reset, state)
 
 
 @torch.no_grad()

@@ -248,6 +248,18 @@ def test_any_layout_of_the_same_values(case: Case, device: str) -> None:
 
 
 @every_case
+def test_any_layout_of_the_gradient(case: Case, device: str) -> None:
+    operands = moved(case.operands(1, 1, 2, resets=False, state=True), device)
+    operands["x"].requires_grad_()
+    y, _ = case.run(operands)
+    weight = torch.randn(1, 1, y.flatten(2).shape[2] + 3, device=device)
+    (want,) = torch.autograd.grad((y.flatten(2) * weight[..., 3:]).sum(), operands["x"], retain_graph=True)
+    wide = torch.cat([torch.zeros(1, 1, 3, device=device), y.flatten(2)], 2)  # whose backward cuts a slice out
+    (got,) = torch.autograd.grad((wide * weight).sum(), operands["x"])
+    torch.testing.assert_close(got, want)
+
+
+@every_case
 def test_what_a_kernel_does_not_take_runs_in_plain_pytorch(case: Case, device: str) -> None:
     operands = case.operands(2, 5, 2, resets=True, state=True)
     on_device = {name: value.to(device) for name, value in operands.items()}
