@@ -173,6 +173,8 @@ def test_long_rows_on_a_gpu(case: Case) -> None:
 def test_bf16_activations_with_an_fp32_state(case: Case, device: str, resets: bool) -> None:
     operands = case.operands(2, 40, 2, resets=resets, state=True)
     half = moved(operands, device, torch.bfloat16)
+    if case is SCAN:  # mamba1's steps come from a projection, mamba2's from float32 parameters
+        half["dt"] = half["dt"].bfloat16()
     want = gradients(case, {k: v if v is None or k == "reset" else v.double().cpu() for k, v in half.items()} | {
         "reset": operands["reset"]
     }, "reference")  # fmt: skip
@@ -181,6 +183,19 @@ def test_bf16_activations_with_an_fp32_state(case: Case, device: str, resets: bo
     assert got["y"].dtype == got["x"].dtype == torch.bfloat16
     if case.name != "conv":
         assert got["final_state"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", [SCAN, SSD, FLA], ids=lambda case: f"{case.name}-{case.kernel}")
+def test_a_state_passes_bf16_tokens_unrounded(case: Case, device: str) -> None:
+    operands = case.operands(2, 5, 2, resets=False, state=True)
+    operands["x"].zero_()
+    half = moved(operands, device, torch.bfloat16)
+    half["dt"] = half["dt"].to(torch.bfloat16 if case is SCAN else torch.float32)
+    _, want = case.run(
+        {name: None if value is None else value.double().cpu() for name, value in half.items()}, "reference"
+    )
+    _, got = case.run(half)
+    assert_near({"state": got}, {"state": want}, 1e-5)
 
 
 @every_case
