@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+PEERS := $(VENV)/peers
 
-.PHONY: demo test test-slow test-faults smoke lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults smoke bench-mixers lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -20,6 +21,9 @@ test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a f
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke
+
+bench-mixers: $(PEERS)  ## the mixers beside mamba-ssm's reference, transformers' slow path and attention (some ten minutes)
+	PEERS=$(PEERS) $(BIN)/python benchmarks/mixers.py --plot docs/mixers.png
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy
@@ -41,6 +45,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
+
+$(PEERS): $(STAMP)  ## sources to measure against, beside the environment and not in it: nothing is compiled
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --no-deps \
+		--no-build-isolation --target $@ mamba-ssm==2.3.2.post1 einops==0.8.1
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -129,6 +129,8 @@ class MixerConfig:
     """What replaces attention, and how it starts."""
 
     name: str = "mamba1"
+    blocks: dict[int, str] = field(default_factory=dict)
+    """Blocks that get another mixer than ``name`` when they are converted: ``{8: mamba2, 9: mamba2}``."""
     d_state: int = 16
     """State size N (at most head_dim)."""
     d_conv: int = 4
@@ -143,6 +145,10 @@ class MixerConfig:
     """``default`` (random) or ``identity`` (the convolution starts as a pass-through)."""
     bc_norm: str = "auto"
     """RMSNorm per head on B and C: ``auto`` (where the teacher has such norms on k and q), ``always`` or ``never``."""
+
+    def of(self, block: int) -> str:
+        """The mixer that ``block`` gets when it is converted."""
+        return self.blocks.get(block, self.name)
 
 
 @dataclass

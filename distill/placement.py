@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from distill.errors import UserError
 
@@ -33,13 +33,14 @@ def replaced_blocks(mixers: Sequence[str]) -> list[int]:
     return [block for block, mixer in enumerate(mixers) if mixer != ATTENTION]
 
 
-def replace(mixers: Sequence[str], blocks: Iterable[int], mixer: str) -> list[str]:
-    """The placement with ``blocks`` given ``mixer``; each must be in range and still have attention."""
+def replace(mixers: Sequence[str], blocks: Iterable[int], mixer: str | Callable[[int], str]) -> list[str]:
+    """The placement with ``blocks`` given ``mixer`` (one for all, or by block); each must be in range and still have
+    attention."""
     result = list(mixers)
     for block in blocks:
         if not 0 <= block < len(result):
             raise UserError(f"block {block} is out of range; expected a value in [0, {len(result)})")
         if result[block] != ATTENTION:
             raise UserError(f"block {block} already has mixer '{result[block]}'")
-        result[block] = mixer
+        result[block] = mixer if isinstance(mixer, str) else mixer(block)
     return result

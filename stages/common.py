@@ -68,8 +68,9 @@ def open_run(
     model = load_model_config(config.teacher)
     check_teacher(model)
     stages = stages_of(config, model)
-    first = replace([ATTENTION] * model.num_hidden_layers, [0], config.mixer.name)
-    hybrid_config(model, first, config.mixer)  # the mixer's options fit the teacher's shape
+    attention = [ATTENTION] * model.num_hidden_layers
+    for block in (0, *config.mixer.blocks):  # the mixers' options fit the teacher's shape
+        hybrid_config(model, replace(attention, [block], config.mixer.of), config.mixer)
     if write:
         check_device(config)
         check_files(config.teacher)

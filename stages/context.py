@@ -16,7 +16,7 @@ from distill.records import Step, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
-LATER = ("bc_norm", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer")
+LATER = ("bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer")
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 
 
@@ -119,6 +119,7 @@ class Context:
             data.pop(unused.name, None)
         if not config.data.mixture:
             data.pop("mixture")
+        by_block = {"blocks": config.mixer.blocks} if config.mixer.blocks else {}
         data["content"] = self.data
         measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
@@ -131,7 +132,7 @@ class Context:
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
-                "place": {"added": stage.added, "mixer": config.mixer.name},
+                "place": {"added": stage.added, "mixer": config.mixer.name, **by_block},
                 "swap": {**base, "mixer": mixer},
                 "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},

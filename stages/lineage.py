@@ -36,7 +36,11 @@ def stages_of(config: RunConfig, teacher: Any) -> list[Stage]:
 
     Raises UserError for a schedule or a start that cannot be, before any weight is read.
     """
-    stages = build_schedule(config, teacher.num_hidden_layers)
+    blocks = teacher.num_hidden_layers
+    for block in config.mixer.blocks:
+        if not 0 <= block < blocks:
+            raise UserError(f"mixer.blocks.{block}: the teacher's blocks are 0 to {blocks - 1}")
+    stages = build_schedule(config, blocks)
     for stage in stages:
         if stage.start.path:
             _check_hybrid(config, stage, teacher)

@@ -36,9 +36,11 @@ def place(context: Context, stage: Stage, folder: Path) -> None:
         raise UserError(f"{stage.name} adds {stage.added} blocks, but only {len(scores['order'])} were scored")
     added = sorted(scores["order"][: stage.added])
     try:
-        mixers = replace(before, added, context.config.mixer.name)
+        mixers = replace(before, added, context.config.mixer.of)
     except UserError as error:
         raise UserError(f"{file} is broken: {error}; remove {file.parent} and score again") from error
     name = hybrid_name(stage.replaced, stage.num_blocks)
     write_json(folder / "placement.json", {"name": name, "mixers": mixers, "added": added})
-    say(f"{name}: blocks {added} get {context.config.mixer.name}")
+    kinds = dict.fromkeys(mixers[block] for block in added)
+    parts = [f"{[block for block in added if mixers[block] == kind]} get {kind}" for kind in kinds]
+    say(f"{name}: blocks {', '.join(parts)}")

@@ -73,7 +73,7 @@ def sizes(config: RunConfig, teacher: Any) -> Sizes:
     """Count parameters on the meta device: no weight is allocated."""
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     attention = [ATTENTION] * teacher.num_hidden_layers
-    mixers = replace(attention, [0], config.mixer.name)
+    mixers = replace(attention, [0], config.mixer.name)  # of the mixer that most blocks get
     with torch.device("meta"):
         hybrid = hybrid_config(teacher, mixers, config.mixer)
         model = FAMILIES[check_convertible(teacher)][1](hybrid)
@@ -129,6 +129,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"{size.total / 1e6:,.1f} M parameters",
         f"mixer     {config.mixer.name} from {config.mixer.init} ({config.mixer.mil_layout}): a block's attention of "
         f"{size.attention / 1e6:,.2f} M parameters becomes {size.mixer / 1e6:,.2f} M",
+        *(f"          {mixer} in block {block}" for block, mixer in sorted(config.mixer.blocks.items())),
         f"training  {train.loss}, tau {train.temperature:g}, sequence {config.data.sequence_length:,}, batch "
         f"{train.batch_size} rows, AdamW at {train.learning_rate:g}, {train.warmup_steps} warm-up steps, linear decay",
         f"data      {describe(config.data)}",

@@ -94,6 +94,8 @@ def check(config: RunConfig) -> None:
     choose("dtype", config.dtype, DTYPES)
     choose("kernels", config.kernels, CHOICES)
     choose("mixer.name", config.mixer.name, mixers())
+    for block, mixer in config.mixer.blocks.items():
+        choose(f"mixer.blocks.{block}", mixer, mixers())
     _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
     for name in (config.score.first, config.score.later):
@@ -113,14 +115,13 @@ def check(config: RunConfig) -> None:
 
 
 def _check_kernels(config: RunConfig) -> None:
-    """Refuse kernels that lack an operator of the mixer, or a package."""
-    if config.kernels == "auto":
-        return
-    try:
-        for operator in mixer_class(config.mixer.name).operators:
-            check_kernel(operator, config.kernels)
-    except ValueError as error:
-        raise UserError(f"kernels={config.kernels} with mixer.name={config.mixer.name}: {error}") from error
+    """Refuse kernels that lack an operator of a mixer, or a package."""
+    for mixer in sorted({config.mixer.name, *config.mixer.blocks.values()}):
+        try:
+            for operator in mixer_class(mixer).operators:
+                check_kernel(operator, config.kernels)
+        except ValueError as error:
+            raise UserError(f"kernels={config.kernels} with mixer {mixer}: {error}") from error
 
 
 def check_device(config: RunConfig) -> None:

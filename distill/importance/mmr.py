@@ -71,7 +71,7 @@ def score(setup: Setup) -> dict[str, Any]:
 def candidate(setup: Setup, block: int) -> Any:
     """The current model with ``block`` swapped, a copy; the same mixer that the swap step would make."""
     before = getattr(setup.model.config, "mixers", None) or [ATTENTION] * setup.model.config.num_hidden_layers
-    model = hybridize(setup.model, replace(before, [block], setup.mixer.name), setup.mixer, seed=setup.seed)
+    model = hybridize(setup.model, replace(before, [block], setup.mixer.of), setup.mixer, seed=setup.seed)
     set_kernels(model, setup.kernels)
     return model.requires_grad_(True).train()
 

@@ -315,6 +315,16 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["stand_ins", "packages"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run; on CPU with stand-ins in the place of the packages."""
+    if request.param == "cpu":
+        request.getfixturevalue("stand_ins")
+    elif not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
 def forget() -> None:
     """Have the kernels, and the packages under them, looked for anew."""
     kernels.kernel_of.cache_clear()

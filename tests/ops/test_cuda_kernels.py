@@ -27,16 +27,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["stand_ins", "packages"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run; on CPU with stand-ins in the place of the packages."""
-    if request.param == "cpu":
-        request.getfixturevalue("stand_ins")
-    elif not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return request.param
-
-
 @dataclass(frozen=True)
 class Case:
     """An operator with one of its kernels."""
@@ -159,6 +149,7 @@ def test_fp32_outputs_and_gradients(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @every_case
 def test_long_rows_on_a_gpu(case: Case) -> None:
     operands = case.operands(2, 5000, 2, resets=True, state=True)

@@ -136,11 +136,11 @@ def test_every_choice_serves_every_mixer_or_is_refused(installed: list[str], mix
         ("fla", ["mamba2", "attention", "attention", "mamba2"]),
     ],
 )
-def test_a_whole_model_runs_on_either_package(stand_ins: None, llama: Any, asked: str, placement: list[str]) -> None:
+def test_a_whole_model_runs_on_either_package(device: str, llama: Any, asked: str, placement: list[str]) -> None:
     """Packed rows with gradients, and decoding from a prompt in two pieces, as with the plain references."""
-    model = hybridize(llama, placement, MixerConfig(), seed=0)
-    rows = torch.randint(5, 40, (2, 20), generator=torch.Generator().manual_seed(0))
-    places = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
+    model = hybridize(llama, placement, MixerConfig(), seed=0).to(device)
+    rows = torch.randint(5, 40, (2, 20), generator=torch.Generator().manual_seed(0)).to(device)
+    places = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1).to(device)
     found = {}
     for kernel in ("reference", asked):
         set_kernels(model, kernel)
@@ -154,4 +154,6 @@ def test_a_whole_model_runs_on_either_package(stand_ins: None, llama: Any, asked
             third = model(rows[:, :1], past_key_values=second.past_key_values, use_cache=True)
         found[kernel] = [logits.detach(), second.logits, third.logits, *gradients]
     for got, want in zip(found[asked], found["reference"], strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(
+            got, want, rtol=2e-3, atol=2e-4 if device == "cpu" else 5e-3 * float(want.abs().max())
+        )

@@ -119,6 +119,21 @@ def test_verbs_one_by_one_equal_the_run(config: Path, tmp_path: Path) -> None:
         assert (a / "score/scores.json").read_text() == (b / "score/scores.json").read_text()
 
 
+def test_blocks_may_get_different_mixers(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = ["run", str(config), "mixer.blocks={0: mamba2, 1: mamba2}"]
+    assert main(mixed) == 0
+    last = config.parent / "run/stages/02-H1-3"
+    placed = json.loads((last / "place/placement.json").read_text())["mixers"]
+    assert len(placed) == 4 and {"mamba1", "mamba2", "attention"} == set(placed)
+    assert all(mixer in ("mamba2", "attention") for mixer in placed[:2])
+    assert all(mixer in ("mamba1", "attention") for mixer in placed[2:])
+    assert json.loads((last / "train/checkpoint/config.json").read_text())["mixers"] == placed
+    capsys.readouterr()
+    assert main(mixed) == 0 and "is done already" in capsys.readouterr().out
+    assert main(["run", str(config)]) == 2, "other mixers are other inputs"
+    assert "mamba2" in (config.parent / "run/report/report.html").read_text()
+
+
 def test_schedule_can_be_extended(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(config), "schedule=[1]"]) == 0
     capsys.readouterr()
