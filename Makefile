@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PEERS := $(VENV)/peers
+DEEPSPEED := $(VENV)/deepspeed
 
-.PHONY: demo test test-slow test-faults smoke bench-mixers lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-transformers test-deepspeed smoke bench-mixers lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -18,6 +19,29 @@ test-slow: $(STAMP)  ## the tests that take half a minute and more each
 
 test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (13 minutes on 2 cores)
 	$(BIN)/python -m pytest -m slow -s tests/faults
+
+UPSTREAM := build/transformers
+# A checkout of transformers of the same version, whose checks of generation and caches are then run too:
+TRANSFORMERS_TESTS ?=
+test-transformers: $(UPSTREAM)/ready  ## transformers' own checks of models, on tiny hybrids of every family and mixer
+	TRANSFORMERS_TESTS=$(UPSTREAM)/tests:$(if $(TRANSFORMERS_TESTS),$(TRANSFORMERS_TESTS)/tests) \
+	PYTHONPATH=$(UPSTREAM)/site HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -W ignore -rf --junitxml $(UPSTREAM)/results.xml tests/upstream/checks.py; \
+	status=$$?; $(BIN)/python tests/upstream/report.py $(UPSTREAM)/results.xml | tee $(UPSTREAM)/report.md; exit $$status
+
+# Their checks of models are in their source distribution, those of generation only in their repository.
+$(UPSTREAM)/ready: $(STAMP)
+	rm -rf $(UPSTREAM) && mkdir -p $(UPSTREAM)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --constraint constraints.txt \
+		--dest $(UPSTREAM) transformers
+	tar -xzf $(UPSTREAM)/transformers-*.tar.gz -C $(UPSTREAM) --strip-components 1
+	touch $(UPSTREAM)/tests/__init__.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target $(UPSTREAM)/site \
+		parameterized==0.9.0 httpx==0.28.1
+	touch $@
+
+test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
+	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke
@@ -44,6 +68,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# an environment of its own on top of the other: every process that trains would import DeepSpeed where it is found
+$(DEEPSPEED)/installed: $(STAMP)
+	$(BIN)/python -m venv $(DEEPSPEED)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(DEEPSPEED)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
 	touch $@
 
 $(PEERS): $(STAMP)  ## sources to measure against, beside the environment and not in it: nothing is compiled

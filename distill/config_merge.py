@@ -6,8 +6,8 @@ An unknown key or a wrong type is an error that names the nearest key and says w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -115,6 +115,26 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
     _check_items(kind, config)
     assert isinstance(config, kind)
     return config
+
+
+def spread_options(options: Mapping[str, Any], *parts: Any, fixed: Sequence[str] = ()) -> list[Any]:
+    """Dataclasses like ``parts``, each with those of the ``options`` (keyword arguments) that are its own; the first
+    part that has a key takes it.
+
+    Raises UserError for a key that none has, or that is ``fixed``, naming the nearest, and for a value of another type.
+    """
+    keys = [{field.name for field in fields(part)} - set(fixed) for part in parts]
+    allowed = sorted(set().union(*keys))
+    layers: list[dict[str, Any]] = [{} for _ in parts]
+    for key, value in options.items():
+        place = next((number for number, own in enumerate(keys) if key in own), None)
+        if place is None:
+            raise UserError(f"unknown option '{key}'{nearest(key, allowed)}; allowed: {', '.join(allowed)}")
+        layers[place][key] = value
+    return [
+        merge_config(type(part), [("defaults", asdict(part)), ("options", layer)])
+        for part, layer in zip(parts, layers, strict=True)
+    ]
 
 
 def _fill_list(merged: Any, layer: Any, key: str) -> Any:

@@ -75,6 +75,39 @@ def new_folder(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
+@contextmanager
+def fresh_folder(target: Path, room: int = 0) -> Iterator[Path]:
+    """A folder of the user's own naming, whole or not at all: yields ``.NAME.partial``, which then takes its name.
+
+    What a killed process left is removed before, and on any error what is half written; nothing else is touched.
+    ``room`` is how many bytes it will take. Raises UserError, before anything is written, where ``target`` exists or
+    cannot be written, DiskFull where there is no room.
+    """
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already: give another folder, or remove it")
+    place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.is_dir())
+    if room > (free := shutil.disk_usage(place).free):
+        raise DiskFull(
+            f"cannot write {target}: it takes {room / 2**20:,.1f} MiB, and {place} has {free / 2**20:,.1f} MiB free\n"
+            "make room there, or give a folder on a larger disk"
+        )
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        with full_disk_named(target.parent):
+            partial.mkdir(parents=True)
+            yield partial
+            sync_tree(partial)
+        os.replace(partial, target)
+        sync(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from distill.errors import UserError, brief, out_of_memory
-from distill.hybrid.model import head_input
-from distill.hybrid.surgery import check_convertible
+from distill.hybrid.model import FAMILIES, head_input
+from distill.hybrid.surgery import check_convertible, is_hybrid
 from distill.records import read_json
 from distill.weights import headers
 
@@ -121,6 +121,8 @@ def load_model(name: str, dtype: str = "float32", *, convertible: bool = True) -
                 f"the weights of '{name}' hold NaN or infinite values, such as in {key}: the file is damaged, or its "
                 "training diverged; take an earlier checkpoint"
             )
+    if is_hybrid(model.config):
+        vars(model.config).pop("auto_map", None)  # code that came along was not run, and is not saved with the model
     return model.to(device).eval()
 
 
@@ -189,8 +191,10 @@ def check_tokenizer(name: str, vocabulary: int, *, chats: bool) -> None:
 
 
 def _refuse_code(name: str, keys: Mapping[str, Any], file: str) -> None:
-    """Raise UserError where a model brings code of its own, unless it is trusted."""
-    if keys.get("auto_map") and resolve(name) not in _TRUSTED:
+    """Raise UserError where a model brings code of its own, unless it is trusted; for a hybrid of ours transformers
+    takes our own code, whatever lies beside its weights (``distill package --code``)."""
+    ours = file == "config.json" and keys.get("model_type") in {config.model_type for config, _ in FAMILIES.values()}
+    if keys.get("auto_map") and not ours and resolve(name) not in _TRUSTED:
         raise UserError(
             f"'{name}' brings Python code of its own (auto_map in its {file}), which is not run: read the code, and if "
             "you trust it set trust_remote_code=true (of distill traces: --trust-remote-code); if the architecture is "

@@ -27,6 +27,7 @@ VERBS = {
     "report": "stages.report",
     "sft": "stages.sft",
     "merge": "stages.merge",
+    "package": "stages.package",
     "submit": "stages.submit",
     "pretrain": "stages.pretrain",
     "traces": "stages.traces",
@@ -82,7 +83,19 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
 
 
-OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"traces": traces_options, "merge": merge_options}
+def package_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill package``."""
+    parser.add_argument("target", metavar="CHECKPOINT|RUN", help="a folder with config.json, a stage's, or a run's")
+    parser.add_argument("--stage", help="of a RUN: H1-5, H1-5-SFT, or its number; by default the last distilled")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--code", action="store_true", help="with the Python code that trust_remote_code=True runs")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "traces": traces_options,
+    "merge": merge_options,
+    "package": package_options,
+}
 """Verbs with options of their own in place of a target and key=value."""
 
 

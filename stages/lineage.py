@@ -112,7 +112,7 @@ def lineage(config: RunConfig, stages: Sequence[Stage], stage: Stage, step: int 
         "name": stage.name,
         "steps": steps,
         "tokens": steps * (stage.tokens // stage.steps),
-        "data": config.data.source,
+        "data": " + ".join(part.source for part in config.data.mixture) or config.data.source,
         "loss": config.train.loss,
         "run": config.name,
     }

@@ -66,6 +66,16 @@ class HybridConfigMixin:
     def layer_types(self, value: Any) -> None:
         """Some families have a key of this name; here it always follows from ``mixers``."""
 
+    @property
+    def auto_map(self) -> dict[str, Any]:
+        """Auto class -> code that came with the config; {} where none did. TRL reads it of every model whose class
+        transformers itself has not, and does not expect it to be missing."""
+        return self.__dict__.get("auto_map", {})
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, Any]) -> None:
+        self.__dict__["auto_map"] = value
+
     def check_mixers(self) -> None:
         """Raise UserError where the placement has the wrong length or a mixer does not fit the shapes."""
         assert self.mixers is not None
@@ -91,4 +101,7 @@ def hybrid_config_class(teacher: Any, **traits: bool) -> Any:
         "mixer_config": None,
         **traits,
     }
-    return type(f"Hybrid{teacher.__name__}", (HybridConfigMixin, teacher), keys)
+    made = globals()[f"Hybrid{teacher.__name__}"] = type(
+        f"Hybrid{teacher.__name__}", (HybridConfigMixin, teacher), keys
+    )
+    return made

@@ -5,13 +5,15 @@ Everything else (weights' names, generation, saving, gradient checkpointing) is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     GraniteForCausalLM,
     LlamaForCausalLM,
@@ -20,12 +22,16 @@ from transformers import (
     Qwen3ForCausalLM,
     SmolLM3ForCausalLM,
 )
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from distill.hybrid.config import hybrid_config_class
+from distill.hybrid.generation import Generation
+from distill.hybrid.reading import Reader
 from distill.mixers import ATTENTION, mixer_class
 
+INITIALISED = "_is_hf_initialized"  # transformers' mark on a module, and on a parameter that a checkpoint gave
 Objective = Callable[[torch.Tensor, nn.Module], torch.Tensor]
 """``objective(hidden [B, T, E], lm_head) -> loss``, evaluated inside forward in place of the logits. What it is given
 is what the head makes the model's logits of (``head_input``)."""
@@ -41,77 +47,14 @@ def head_input(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return hidden if scaling == 1.0 else hidden / scaling
 
 
-def document_starts(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, shape: tuple[int, int], past: bool
-) -> torch.Tensor | None:
-    """Where recurrent states begin anew: position 0 of a packed document, or the first token after padding.
-
-    Args:
-        position_ids: [B or 1, T] or None; attention_mask: [B, past + T] (1 = token) or None.
-        shape: (B, T) of the tokens at hand. past: whether a cache holds earlier tokens.
-
-    Returns:
-        bool [B, T], or None where nothing begins after the first token (and nothing is padded).
-    """
-    batch, length = shape
-    if past and length == 1 and (attention_mask is None or attention_mask.ndim != 2):
-        return None
-    starts = None
-    if position_ids is not None and position_ids.ndim == 2:
-        zeros = position_ids[:, :length] == 0
-        if bool(zeros[:, 1:].any()):
-            starts = zeros.expand(batch, length)
-    if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.all()):
-        token = attention_mask[:, -length:].bool()
-        before = nn.functional.pad(attention_mask.bool(), (1, 0))[:, -length - 1 : -1]
-        after_padding = token & ~before
-        starts = after_padding if starts is None else starts | after_padding
-        if past and length == 1 and not bool(starts.any()):
-            return None
-    return starts
-
-
-def tokens_given(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """What a backbone was called on: ids [B, T] or embeddings [B, T, E]."""
-    tokens = args[0] if args else kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    assert tokens is not None, "input_ids or inputs_embeds"
-    return tokens
-
-
-def mark_documents(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hook before the forward of a hybrid's backbone: adds ``document_starts``, which its mixers read.
-
-    On the backbone and not on the whole model, because a trainer with a fused LM head (TRL's) calls it directly:
-    without the marks, states would run from one packed document into the next.
-    """
-    shape = tokens_given(args, kwargs).shape
-    past = kwargs.get("past_key_values")
-    past = past is not None and past.get_seq_length() > 0
-    starts = document_starts(kwargs.get("position_ids"), kwargs.get("attention_mask"), (shape[0], shape[1]), past)
-    return args, {**kwargs, "document_starts": starts}
-
-
-def name_masks(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hook for families whose blocks look their mask up by layer type: they would make none for ``linear_attention``.
-
-    The mask of the attention blocks is the one that the family itself would make.
-    """
-    tokens = tokens_given(args, kwargs)
-    sizes = torch.empty((*tokens.shape[:2], 0), dtype=module.dtype, device=tokens.device)
-    given = {key: kwargs.get(key) for key in ("attention_mask", "past_key_values", "position_ids")}
-    mask = create_causal_mask(config=module.config, inputs_embeds=sizes, **given)
-    return args, {**kwargs, "attention_mask": {"full_attention": mask, "linear_attention": None}}
-
-
 class HybridMixin:
-    """Puts the mixers in place and tells them where documents begin."""
+    """Puts the mixers in place and tells them where documents begin; for a backbone by itself or with a head."""
 
     config: Any
-    model: Any
-    lm_head: nn.Module
+    base_model: Any
+    modules: Callable[[], Iterator[Any]]
     post_init: Callable[[], None]
-    _is_stateful = True  # generation must not roll a recurrent state back
+    _is_stateful: bool  # transformers' name: generation must not roll a recurrent state back
     _keep_in_fp32_modules_strict = ("A_log", r"self_attn\.D$")
 
     def __init__(self, config: Any) -> None:
@@ -123,17 +66,35 @@ class HybridMixin:
         self.config.check_mixers()
         for block, name in enumerate(self.config.mixers):
             if name != ATTENTION:
-                self.model.layers[block].self_attn = mixer_class(name)(self.config, block)
-        if set(self.config.mixers) != {ATTENTION}:
-            self.model.register_forward_pre_hook(mark_documents, with_kwargs=True)
-            if hasattr(self.model, "has_sliding_layers"):
-                self.model.register_forward_pre_hook(name_masks, with_kwargs=True)
+                self.base_model.layers[block].self_attn = mixer_class(name)(self.config, block)
+        self._is_stateful = set(self.config.mixers) != {ATTENTION}
+        if self._is_stateful:
+            self.base_model.register_forward_pre_hook(Reader(self.config), with_kwargs=True)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "mil_slots"):
-            module.reset_parameters()  # type: ignore[operator]
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """The family's initialisation, and each new mixer's own behind it; what a checkpoint gave stays as it is.
+
+        Not in ``_init_weights``, of which transformers asks the backbone by itself, which is the family's.
+        """
+        mixers = [module for module in self.modules() if hasattr(module, "mil_slots")]
+        new = [mixer for mixer in mixers if not getattr(mixer, INITIALISED, False)]
+        super().initialize_weights()  # type: ignore[misc]
+        for mixer in new:
+            every = list(mixer.parameters())
+            given = [(parameter, parameter.clone()) for parameter in every if getattr(parameter, INITIALISED, False)]
+            here = all(parameter.numel() for parameter in every)  # not so in ZeRO-3, which shards a module once built
+            if here and len(given) < len(every):
+                mixer.reset_parameters()
+                for parameter, value in given:
+                    parameter.copy_(value)
+
+
+class HybridCausalLMMixin(Generation, HybridMixin):
+    """Adds what a hybrid with an LM head does besides: generation, and a loss in place of the logits."""
+
+    model: Any
+    lm_head: nn.Module
 
     def forward(
         self,
@@ -142,35 +103,46 @@ class HybridMixin:
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         objective: Objective | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
-        """The family's forward. With ``objective``, returns its loss and computes no logits (so that the loss
-        can go through the head in chunks, inside whatever wraps this module)."""
+        """The family's forward, its parameters by name: ``generate`` and trainers look for them (and without
+        ``logits_to_keep`` a prefill would make the logits of every token of the prompt). With ``objective``,
+        returns its loss and computes no logits, so that the loss can go through the head in chunks, inside whatever
+        wraps this module."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
         }
         if objective is None:
-            return super().forward(**inputs, **kwargs)  # type: ignore[misc]
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)  # type: ignore[misc]
         hidden = self.model(**inputs, **kwargs).last_hidden_state
         return CausalLMOutputWithPast(loss=objective(head_input(self, hidden), self.lm_head))
 
 
 def hybrid_classes(teacher: Any, **traits: bool) -> tuple[Any, Any]:
-    """Config and model of the hybrids of a family, from its own causal LM; transformers' Auto classes then know them.
+    """Config and model of the hybrids of a family, from its own causal LM; transformers' Auto classes then know them,
+    and the backbone by itself (``AutoModel``), and this module has them by name, so that they can be pickled.
 
     ``traits``: see ``HybridConfigMixin``.
     """
     config = hybrid_config_class(teacher.config_class, **traits)
-    doc = f"{teacher.__name__} whose blocks have the mixers that ``config.mixers`` names."
-    keys = {"__module__": __name__, "__doc__": doc, "config_class": config}
-    model = type(f"Hybrid{teacher.__name__}", (HybridMixin, teacher), keys)
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    for auto, mixin, base in (
+        (AutoModel, HybridMixin, MODEL_MAPPING[teacher.config_class]),
+        (AutoModelForCausalLM, HybridCausalLMMixin, teacher),
+    ):
+        doc = f"{base.__name__} whose blocks have the mixers that ``config.mixers`` names."
+        keys = {"__module__": __name__, "__doc__": doc, "config_class": config}
+        model = globals()[f"Hybrid{base.__name__}"] = type(f"Hybrid{base.__name__}", (mixin, base), keys)
+        auto.register(config, model, exist_ok=True)
     return config, model
 
 

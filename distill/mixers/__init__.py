@@ -2,10 +2,12 @@
 
 A mixer is an ``nn.Module`` named ``Mixer`` with
 ``Mixer(config, layer_idx)``, where ``config`` is a hybrid config (teacher's keys and ``mixer_config``);
-``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``;
-``mil_slots()``, the parameter rows that MIL fills; ``reset_parameters()``; ``check(config)``, which raises
-a UserError for a shape that it cannot take; and ``operators``, those of `distill.ops` whose kernels it chooses by its
-attribute ``kernels``. ``attention`` is the teacher's own mixer and has no file here.
+``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``, under the
+decorator ``padding_first``, by which padding may stand behind a text; ``mil_slots()``, the rows that MIL fills;
+``reset_parameters()``; ``check(config)``, which raises a UserError for a shape that it cannot take; and ``operators``,
+those of `distill.ops` whose kernels it chooses by its attribute ``kernels``. Weights of a child module are used in that
+module's own forward, so that whatever brings them just before a call (offloading, ZeRO-3) does. ``attention`` is the
+teacher's own mixer and has no file here.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.errors import UserError, choose
-from distill.ops import decode_cpu
-from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-from distill.ops.decode_cpu import serves
+from distill.ops.kernels import serves
+from distill.ops.modules import CausalConv1d, HeadRMSNorm
+from distill.ops.padding import padding_first
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -52,15 +52,18 @@ class Mixer(nn.Module):
         out_bias = bool(getattr(config, "attention_bias", False))
         bias = out_bias or getattr(config, "qkv_bias", False) or options["z_init"] == "identity"
         self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=bias)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, options["d_conv"], groups=self.d_inner)
+        self.conv1d = CausalConv1d(self.d_inner, options["d_conv"])
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, self.d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32))
         self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=out_bias)
         self.b_norm = self.c_norm = None
         if options["bc_norm"] is True:
-            self.b_norm, self.c_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
-        self.reset_parameters()
+            self.b_norm, self.c_norm = (HeadRMSNorm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+        if self.in_proj.weight.numel():
+            self.reset_parameters()
+        else:  # ZeRO-3 takes a module apart as soon as it is made, so that only what is directly here is still whole
+            self.reset_own()
 
     @staticmethod
     def check(config: Any) -> None:
@@ -94,13 +97,10 @@ class Mixer(nn.Module):
         """Mamba's initialisation: A = -(1..N), D = 1, dt bias such that softplus(bias) is log-uniform."""
         for layer in (self.in_proj, self.conv1d, self.out_proj):
             layer.reset_parameters()
-        device = self.A_log.device
-        steps = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=device)
-        self.A_log.copy_(steps.log().expand_as(self.A_log))
-        self.D.fill_(1.0)
+        self.reset_own()
         self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         low, high = math.log(DT_MIN), math.log(DT_MAX)
-        dt = torch.exp(torch.rand(self.d_inner, device=device) * (high - low) + low).clamp(min=DT_FLOOR)
+        dt = torch.exp(torch.rand(self.d_inner, device=self.D.device) * (high - low) + low).clamp(min=DT_FLOOR)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
         for layer in (self.in_proj, self.out_proj):
             if layer.bias is not None:
@@ -117,6 +117,13 @@ class Mixer(nn.Module):
             assert self.conv1d.bias is not None
             self.conv1d.bias.zero_()
 
+    @torch.no_grad()
+    def reset_own(self) -> None:
+        """The part of ``reset_parameters`` that is in no module inside this one: A and D."""
+        steps = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device)
+        self.A_log.copy_(steps.log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
     def _expand(self, states: torch.Tensor) -> torch.Tensor:
         """Key/value-sized states [..., X] to query-sized [..., G, N] under GQA.
 
@@ -131,6 +138,7 @@ class Mixer(nn.Module):
         head = chunks.unflatten(-2, (self.kv_heads, -1))  # [..., kv_heads, chunks, N]
         return head.repeat_interleave(self.heads // self.kv_heads, dim=-3).flatten(-3, -2)
 
+    @padding_first
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -156,7 +164,7 @@ class Mixer(nn.Module):
         z, x, b, c, dt = projected.split(self.splits, dim=-1)
         if self.b_norm is not None:
             b, c = norm_heads(b, self.b_norm), norm_heads(c, self.c_norm)
-        if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log):
+        if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log, self.conv1d.weight):
             if self.b_norm is not None:
                 projected = torch.cat([z, x, b, c, dt], dim=-1)
             return self.out_proj(self._compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
@@ -164,15 +172,11 @@ class Mixer(nn.Module):
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
         a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        assert bias is not None
         if one_token:
-            u = causal_conv1d_update(conv_state, x[:, 0], taps, bias, kernel=self.kernels)
+            u, _ = self.conv1d(x[:, 0], state=conv_state, kernel=self.kernels)
             y = selective_scan_update(scan_state, u, dt[:, 0], a, b[:, 0], c[:, 0], self.D, kernel=self.kernels)
             return self.out_proj(y.unsqueeze(1) * F.silu(z)), None
-        u, conv_state = causal_conv1d(
-            x, taps, bias, reset=document_starts, initial_state=conv_state, kernel=self.kernels
-        )
+        u, conv_state = self.conv1d(x, reset=document_starts, initial_state=conv_state, kernel=self.kernels)
         y, scan_state = selective_scan(
             u, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
         )
@@ -183,19 +187,17 @@ class Mixer(nn.Module):
 
     def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
-        dt = F.softplus(F.linear(projected[:, -self.dt_rank :], self.dt_proj.weight, self.dt_proj.bias))
+        dt = F.softplus(self.dt_proj(projected[:, -self.dt_rank :]))  # called, for it may have an adapter
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         heads, faithful = (self.heads, self.kv_heads), self.options["mil_layout"] == "faithful"
+        from distill.ops import decode_cpu  # only here: it needs numba
+
         return decode_cpu.mamba1(
             projected, dt, taps, bias, self.A_log, self.D, conv_state, state, heads, faithful=faithful
         )
 
 
-def norm_heads(states: torch.Tensor, norm: nn.RMSNorm | None) -> torch.Tensor:
-    """States [..., heads * head_dim] with every head normed, in at least fp32, as the teacher's own norms do."""
-    if norm is None:
-        return states
-    exact = torch.promote_types(states.dtype, torch.float32)
-    heads = states.to(exact).unflatten(-1, (-1, *norm.normalized_shape))
-    return F.rms_norm(heads, norm.normalized_shape, norm.weight.to(exact), norm.eps).to(states.dtype).flatten(-2)
+def norm_heads(states: torch.Tensor, norm: HeadRMSNorm | None) -> torch.Tensor:
+    """States [..., heads * head_dim] with every head normed, where there is a norm."""
+    return states if norm is None else norm(states)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from distill.errors import UserError, choose
 from distill.mixers.mamba1 import DT_FLOOR, DT_MAX, DT_MIN, STARTS, norm_heads
-from distill.ops import decode_cpu
-from distill.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
-from distill.ops.decode_cpu import serves
+from distill.ops.kernels import serves
+from distill.ops.modules import CausalConv1d, GatedRMSNorm, HeadRMSNorm
+from distill.ops.padding import padding_first
 from distill.ops.ssd import ssd, ssd_update
 
 A_MIN, A_MAX = 1.0, 16.0
@@ -50,16 +50,19 @@ class Mixer(nn.Module):
         self.conv_init = options["conv_init"]
         self.splits = [self.d_inner, 3 * self.d_inner, self.heads]  # z, (x, B, C), dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
-        self.conv1d = nn.Conv1d(3 * self.d_inner, 3 * self.d_inner, options["d_conv"], groups=3 * self.d_inner)
+        self.conv1d = CausalConv1d(3 * self.d_inner, options["d_conv"])
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
-        self.norm = nn.RMSNorm(self.d_inner, eps=config.rms_norm_eps)
+        self.norm = GatedRMSNorm(self.d_inner, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(self.d_inner, config.hidden_size, bias=False)
         self.b_norm = self.c_norm = None
         if options["bc_norm"] is True:
-            self.b_norm, self.c_norm = (nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
-        self.reset_parameters()
+            self.b_norm, self.c_norm = (HeadRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+        if self.in_proj.weight.numel():
+            self.reset_parameters()
+        else:  # ZeRO-3 takes a module apart as soon as it is made, so that only what is directly here is still whole
+            self.reset_own()
 
     @staticmethod
     def check(config: Any) -> None:
@@ -98,17 +101,23 @@ class Mixer(nn.Module):
         for layer in (self.in_proj, self.conv1d, self.norm, self.out_proj, self.b_norm, self.c_norm):
             if layer is not None:
                 layer.reset_parameters()
-        self.A_log.uniform_(A_MIN, A_MAX).log_()
-        self.D.fill_(1.0)
-        low, high = math.log(DT_MIN), math.log(DT_MAX)
-        dt = torch.exp(torch.rand(self.heads, device=self.D.device) * (high - low) + low).clamp(min=DT_FLOOR)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.reset_own()
         if self.conv_init == "identity":
             self.conv1d.weight.zero_()
             self.conv1d.weight[:, 0, -1].fill_(1.0)
             assert self.conv1d.bias is not None
             self.conv1d.bias.zero_()
 
+    @torch.no_grad()
+    def reset_own(self) -> None:
+        """The part of ``reset_parameters`` that is in no module inside this one: A, D and the bias of dt."""
+        self.A_log.uniform_(A_MIN, A_MAX).log_()
+        self.D.fill_(1.0)
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = torch.exp(torch.rand(self.heads, device=self.D.device) * (high - low) + low).clamp(min=DT_FLOOR)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    @padding_first
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -135,21 +144,17 @@ class Mixer(nn.Module):
         if self.b_norm is not None:
             x, b, c = xbc.split(self.d_inner, dim=-1)
             xbc = torch.cat([x, norm_heads(b, self.b_norm), norm_heads(c, self.c_norm)], dim=-1)
-        if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log):
+        if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log, self.conv1d.weight):
             if self.b_norm is not None:
                 projected = torch.cat([z, xbc, dt], dim=-1)
             return self.out_proj(self._compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
         a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        assert bias is not None
         if one_token:
-            x, b, c = self._heads(causal_conv1d_update(conv_state, xbc[:, 0], taps, bias, kernel=self.kernels))
+            x, b, c = self._heads(self.conv1d(xbc[:, 0], state=conv_state, kernel=self.kernels)[0])
             y = ssd_update(scan_state, x, dt[:, 0], a, b, c, self.D, kernel=self.kernels)
-            return self.out_proj(self._gated_norm(y.unsqueeze(1), z)), None
-        xbc, conv_state = causal_conv1d(
-            xbc, taps, bias, reset=document_starts, initial_state=conv_state, kernel=self.kernels
-        )
+            return self.out_proj(self.norm(y.unsqueeze(1), z)), None
+        xbc, conv_state = self.conv1d(xbc, reset=document_starts, initial_state=conv_state, kernel=self.kernels)
         x, b, c = self._heads(xbc)
         y, scan_state = ssd(
             x, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
@@ -157,13 +162,15 @@ class Mixer(nn.Module):
         if past_key_values is not None:
             past_key_values.update_conv_state(conv_state, self.layer_idx)
             past_key_values.update_recurrent_state(scan_state, self.layer_idx)
-        return self.out_proj(self._gated_norm(y, z)), None
+        return self.out_proj(self.norm(y, z)), None
 
     def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
         eps = self.norm.eps if self.norm.eps is not None else torch.finfo(torch.float32).eps
+        from distill.ops import decode_cpu  # only here: it needs numba
+
         return decode_cpu.mamba2(
             projected, taps, bias, self.dt_bias, self.A_log, self.D, self.norm.weight, eps, conv_state, state
         )
@@ -171,10 +178,3 @@ class Mixer(nn.Module):
     def _heads(self, xbc: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., 3 D] to x, B and C, each [..., H, P]."""
         return xbc.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-
-    def _gated_norm(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of y * SiLU(z) over each head, in at least fp32. y [B, T, H, P], z [B, T, D]; returns [B, T, D]."""
-        exact = torch.promote_types(y.dtype, torch.float32)
-        gated = y.to(exact) * F.silu(z.to(exact)).unflatten(-1, (self.heads, self.head_dim))
-        normed = F.rms_norm(gated, (self.head_dim,), eps=self.norm.eps).flatten(-2)
-        return (normed * self.norm.weight.to(exact)).to(z.dtype)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
 KERNELS = ("cpu", "mamba_ssm", "reference")
 
 
+@untraced
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -66,6 +68,7 @@ def causal_conv1d(
     return y, state
 
 
+@update_operator
 def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *, kernel: str = "auto") -> Tensor:
     """One token of `causal_conv1d` for decoding: shifts x into ``state`` and returns y; not differentiable.
 

@@ -22,15 +22,6 @@ from torch import Tensor
 from distill.ops.cpu import array, exp, jit, spread, width_of
 
 
-def serves(kernels: str, *tensors: Tensor) -> bool:
-    """Whether the compiled step can take these: contiguous float32 on CPU, and no other kernel asked for."""
-    return (
-        kernels in ("auto", "cpu")
-        and not torch.compiler.is_compiling()
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-    )
-
-
 @jit
 def _shift(state, taps, bias, value, before):
     """The convolution of one channel, before the SiLU; ``state [K-1]``, as long as ``before``, takes ``value`` in."""

@@ -14,6 +14,9 @@ import importlib.util
 import logging
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from distill.errors import brief, nearest
 
 logger = logging.getLogger(__name__)
@@ -104,3 +107,22 @@ def _installed(package: str) -> bool:
 
 def _words(operator: str) -> str:
     return operator.replace("_", " ")
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Whether the compiled kernels can be imported."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def serves(kernels: str, *tensors: Tensor) -> bool:
+    """Whether the compiled step of a whole mixer (`distill.ops.decode_cpu`) can take these: contiguous float32 on CPU,
+    there (a shard of ZeRO-3 is empty), and no other kernel asked for."""
+    return (
+        kernels in ("auto", "cpu")
+        and not torch.compiler.is_compiling()
+        and all(
+            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() for t in tensors
+        )
+        and has_numba()
+    )

@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
 KERNELS = ("cpu", "mamba_ssm", "reference")
 
 
+@untraced
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -57,6 +59,7 @@ def selective_scan(
     return y, final_state
 
 
+@update_operator
 def selective_scan_update(
     state: Tensor,
     x: Tensor,

@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
 KERNELS = ("cpu", "mamba_ssm", "fla", "chunked", "reference")
 
 
+@untraced
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -58,6 +60,7 @@ def ssd(
     return y, final_state
 
 
+@update_operator
 def ssd_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, kernel: str = "auto"
 ) -> Tensor:

@@ -7,7 +7,6 @@ another. Everything is checked on the headers before anything is written.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from distill.errors import UserError
 from distill.placement import ATTENTION
 from distill.records import differences, read_json, write_json
-from distill.storage import full_disk_named, sync, sync_tree
+from distill.storage import fresh_folder
 from distill.weights import headers, tensor_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -56,33 +55,18 @@ def merge(a: Path, b: Path, alpha: float, output: Path) -> dict[str, Any]:
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha={alpha} must be in [0, 1]: the merge is alpha * A + (1 - alpha) * B")
-    if output.exists():
-        raise UserError(f"{output} exists already: give another folder, or remove it")
     check_configs(a, b)
     files = check_tensors(a, b)
-    temporary = output.with_name(f".{output.name}.partial")
-    try:
-        if temporary.exists():  # of a merge that was killed
-            shutil.rmtree(temporary)
-        with full_disk_named(output.parent):
-            temporary.mkdir(parents=True)
-            for path in sorted(a.iterdir()):
-                if path.is_file() and path.suffix in COPIED and path.name not in ("merge.json", "lineage.json"):
-                    shutil.copyfile(path, temporary / path.name)
-            for name, keys in files.items():
-                save_file(dict(averages(a, b, keys, alpha)), temporary / name, metadata={"format": "pt"})
-            record = {"a": str(a), "b": str(b), "alpha": alpha}
-            write_json(temporary / "merge.json", record)
-            if (lineage := merged_lineage(a, b, alpha)) is not None:
-                write_json(temporary / "lineage.json", lineage)
-            sync_tree(temporary)
-        os.replace(temporary, output)
-        sync(output.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error}") from error
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+    record = {"a": str(a), "b": str(b), "alpha": alpha}
+    with fresh_folder(output) as partial:
+        for path in sorted(a.iterdir()):
+            if path.is_file() and path.suffix in COPIED and path.name not in ("merge.json", "lineage.json"):
+                shutil.copyfile(path, partial / path.name)
+        for name, keys in files.items():
+            save_file(dict(averages(a, b, keys, alpha)), partial / name, metadata={"format": "pt"})
+        write_json(partial / "merge.json", record)
+        if (lineage := merged_lineage(a, b, alpha)) is not None:
+            write_json(partial / "lineage.json", lineage)
     return record
 
 

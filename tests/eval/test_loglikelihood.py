@@ -13,9 +13,10 @@ from distill.data.chat import encode
 from distill.data.prompts import Prompt
 from distill.data.sample import render, trace
 from distill.errors import UserError
+from distill.likelihood import Requests
 from eval.accuracy import task_manager
 from eval.backends import hf
-from eval.loglikelihood import Requests, prepare
+from eval.loglikelihood import prepare
 
 QUESTIONS = 40
 

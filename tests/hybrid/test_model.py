@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from distill.config import MixerConfig
 from distill.errors import UserError
-from distill.hybrid.model import document_starts
+from distill.hybrid.documents import packed_starts, read_padding
 from distill.hybrid.surgery import hybridize
 from distill.mixers import ATTENTION
 
@@ -262,16 +262,16 @@ def test_the_backbone_called_by_itself_keeps_documents_apart(hybrid: Any) -> Non
 
 
 def test_document_starts() -> None:
-    positions = torch.tensor([[0, 1, 0, 1, 2]])
-    assert document_starts(positions, None, (1, 5), False).tolist() == [[True, False, True, False, False]]
-    assert document_starts(torch.arange(5).unsqueeze(0), None, (1, 5), False) is None
-    assert document_starts(None, torch.ones(1, 5), (1, 5), False) is None
+    starts = packed_starts(torch.tensor([[0, 1, 0, 1, 2], [7, 8, 9, 3, 4]]), (2, 5))
+    assert starts is not None and starts.int().tolist() == [[1, 0, 1, 0, 0], [1, 0, 0, 1, 0]]
+    assert packed_starts(torch.arange(5).unsqueeze(0), (2, 5)) is None
+    assert read_padding(torch.ones(1, 5), 5) is None
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    starts = document_starts(None, mask, (2, 4), False)
-    assert starts is not None and starts[0].tolist() == [False, False, True, False]
-    assert not starts[1, 1:].any()
-    later = document_starts(None, mask, (2, 2), True)
-    assert later is not None and later.tolist() == [[True, False], [False, False]]
+    whole, later = read_padding(mask, 4), read_padding(mask, 2)
+    assert whole is not None and whole.starts[0].tolist() == [False, False, True, False]
+    assert not whole.starts[1, 1:].any()
+    assert later is not None and later.starts.tolist() == [[True, False], [False, False]]
+    assert not whole.behind and whole.begun
 
 
 @torch.no_grad()

@@ -294,6 +294,7 @@ USAGE = [
     (["traces", "--teacher", "embedded"], "--prompts"),
     (["traces", "--teacher", "embedded", "--prompts", "embedded", "--samples", "few"], "invalid int value: 'few'"),
     (["merge", "a"], "required: B"),
+    (["package", "{tmp}/missing", "--output", "{tmp}/new"], "no folder"),  # more in test_package.py
 ]
 AT_ONCE = [*CONFIG_FILES, *CONFIG_VALUES, *TEACHERS, *DATA, *USAGE]
 LATER = [*LATE_TEACHERS, *LATE_DATA, *RUNS]

@@ -14,8 +14,8 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
-    assert ("CHECKPOINT" if verb == "merge" else "CONFIG") in text
-    assert ("key=value" in text) == (verb != "merge")
+    assert ("CHECKPOINT" if verb in ("merge", "package") else "CONFIG") in text
+    assert ("key=value" in text) == (verb not in ("merge", "package"))
 
 
 def test_unknown_verb_and_missing_target() -> None:
