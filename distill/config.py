@@ -258,7 +258,8 @@ class RunConfig:
     dtype: str = "float32"
     """``float32`` or ``bfloat16``: the teacher, and what is computed in; the student trains on float32 weights."""
     kernels: str = "auto"
-    """``auto``, ``reference`` or ``cpu``: the implementation of the scan."""
+    """``auto``, ``reference``, ``cpu``, ``mamba_ssm`` or ``fla``: the implementation of the mixers' operators (which
+    runs where: docs/kernels.md)."""
     mixer: MixerConfig = field(default_factory=MixerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)

@@ -28,7 +28,7 @@ from eval.accuracy import check_tasks
 from stages.context import Context, need
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
-from stages.targets import read_config
+from stages.targets import check_device, read_config
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
 
@@ -72,6 +72,7 @@ def open_run(
     for block in (0, *config.mixer.blocks):  # the mixers' options fit the teacher's shape
         hybrid_config(model, replace(attention, [block], config.mixer.of), config.mixer)
     if write:
+        check_device(config)
         check_files(config.teacher)
         sources = [entry.source for entry in config.data.mixture] or [config.data.source]
         check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import LOSSES
 from distill.mixers import available as mixers
+from distill.mixers import mixer_class
+from distill.ops.kernels import CHOICES, DEVICES, check_kernel
 from distill.teacher import DTYPES, check_shape
 
 ABOVE_0 = math.ulp(0.0)  # the smallest number above 0
@@ -91,14 +92,11 @@ def check(config: RunConfig) -> None:
     if not config.run_dir.strip():
         raise UserError("run_dir is empty: name the folder that the run is to write")
     choose("dtype", config.dtype, DTYPES)
-    choose("kernels", config.kernels, ("auto", "reference", "cpu"))
-    if config.kernels == "cpu" and find_spec("numba") is None:
-        raise UserError("kernels=cpu needs numba, which is not installed: pip install numba, or kernels=reference")
-    if config.kernels == "cpu" and torch.cuda.is_available():
-        raise UserError("kernels=cpu runs on the CPU alone, and this machine has a GPU: kernels=auto or reference")
+    choose("kernels", config.kernels, CHOICES)
     choose("mixer.name", config.mixer.name, mixers())
     for block, mixer in config.mixer.blocks.items():
         choose(f"mixer.blocks.{block}", mixer, mixers())
+    _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
     for name in (config.score.first, config.score.later):
         choose("score", name, scores())
@@ -114,6 +112,27 @@ def check(config: RunConfig) -> None:
         raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
     if not 0 <= sft.alpha <= 1:
         raise UserError(f"sft.alpha={sft.alpha} must be in [0, 1]: merged = alpha * SFT + (1 - alpha) * H1-h")
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """Refuse kernels that lack an operator of a mixer, or a package."""
+    for mixer in sorted({config.mixer.name, *config.mixer.blocks.values()}):
+        try:
+            for operator in mixer_class(mixer).operators:
+                check_kernel(operator, config.kernels)
+        except ValueError as error:
+            raise UserError(f"kernels={config.kernels} with mixer {mixer}: {error}") from error
+
+
+def check_device(config: RunConfig) -> None:
+    """Refuse kernels of a device that this machine lacks. Only where a model is to run: a cluster's login node has
+    no GPU, and may still plan and submit."""
+    if config.kernels == "cpu" and torch.cuda.is_available():
+        raise UserError("kernels=cpu runs on the CPU alone, and this machine has a GPU: kernels=auto or reference")
+    if DEVICES.get(config.kernels) == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"kernels={config.kernels} runs on a GPU alone, and PyTorch finds none here: kernels=auto, cpu or reference"
+        )
 
 
 def check_pretrain(config: PretrainConfig) -> None:

@@ -4,9 +4,10 @@ A mixer is an ``nn.Module`` named ``Mixer`` with
 ``Mixer(config, layer_idx)``, where ``config`` is a hybrid config (teacher's keys and ``mixer_config``);
 ``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``, under the
 decorator ``padding_first``, by which padding may stand behind a text; ``mil_slots()``, the rows that MIL fills;
-``reset_parameters()``; and ``check(config)``, which raises a UserError for a shape that it cannot take. Weights of a
-child module are used in that module's own forward, so that whatever brings them just before a call (offloading, ZeRO-3)
-does. ``attention`` is the teacher's own mixer and has no file here.
+``reset_parameters()``; ``check(config)``, which raises a UserError for a shape that it cannot take; and ``operators``,
+those of `distill.ops` whose kernels it chooses by its attribute ``kernels``. Weights of a child module are used in that
+module's own forward, so that whatever brings them just before a call (offloading, ZeRO-3) does. ``attention`` is the
+teacher's own mixer and has no file here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def mixer_class(name: str) -> Any:
 
 
 def set_kernels(model: nn.Module, kernels: str) -> None:
-    """Choose the implementation (``auto``, ``reference``, ``cpu``) for every mixer of a model."""
+    """Choose the implementation for every mixer of a model: one of `distill.ops.kernels.CHOICES`, explained there."""
     for module in model.modules():
         if hasattr(module, "mil_slots"):
             setattr(module, "kernels", kernels)  # noqa: B010

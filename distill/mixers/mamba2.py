@@ -33,6 +33,8 @@ class Mixer(nn.Module):
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, output = out_proj(norm(y * SiLU(z))).
     """
 
+    operators = ("causal_conv1d", "ssd")
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.check(config)

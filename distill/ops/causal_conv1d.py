@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
-KERNELS = ("cpu", "reference")
+KERNELS = ("cpu", "mamba_ssm", "reference")
 
 
 @untraced
@@ -38,7 +38,8 @@ def causal_conv1d(
         bias: ``[D]``.
         reset: ``[B, T]`` bool; True where a document starts: no tap reaches behind that token.
         initial_state: the K-1 inputs before ``x``, ``[B, D, K-1]``, the oldest first (zeros if None).
-        kernel: ``auto`` (cpu for CPU tensors, otherwise reference), ``cpu`` or ``reference``.
+        kernel: ``auto`` (the first of these that the device and what is installed allow), ``cpu``, ``mamba_ssm``
+            (CUDA; its companion package causal-conv1d) or ``reference``.
 
     Returns:
         y ``[B, T, D]`` in x's dtype, and the final state ``[B, D, K-1]`` in x's dtype, detached: the last K-1

@@ -1,4 +1,10 @@
-"""Which implementation of an operator runs: by what is asked for, by the device, and by what is installed."""
+"""Which implementation of an operator runs: by what is asked for, by the device, and by what is installed.
+
+The module of an operator names its kernels in ``KERNELS``, the best first. ``auto`` is the first whose device this is
+and whose package is installed. A kernel's name is asked of a whole model, so it means the best of that package,
+operator by operator: where the package has no kernel for a model's scan, that is refused (the scan is what was asked
+about); the short convolution beside it takes what ``auto`` would, and the log says so.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +17,96 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from distill.errors import nearest
+from distill.errors import brief, nearest
 
 logger = logging.getLogger(__name__)
+
+CHOICES = ("auto", "reference", "cpu", "mamba_ssm", "fla")
+"""What can be asked of a whole model; an operator may have more."""
+DEVICES = {"cpu": "cpu", "mamba_ssm": "cuda", "fla": "cuda"}
+"""The device that a kernel needs; those that are not named are plain PyTorch and run anywhere."""
+INSTALL = {
+    "cpu": "pip install numba",
+    "mamba_ssm": "pip install mamba-ssm causal-conv1d",
+    "fla": "pip install flash-linear-attention",
+}
+COMPANIONS = ("causal_conv1d",)
+"""Operators that only stand beside a scan: a name that has none of them leaves them to ``auto``."""
+
+
+def package_of(operator: str, kernel: str) -> str:
+    """The importable name of what a kernel is built on; empty for plain PyTorch."""
+    if kernel == "mamba_ssm" and operator == "causal_conv1d":
+        return "causal_conv1d"
+    return {"cpu": "numba", "mamba_ssm": "mamba_ssm", "fla": "fla"}.get(kernel, "")
+
+
+def check_kernel(operator: str, asked: str) -> None:
+    """Raise ValueError where ``asked`` cannot serve an operator, be the device what it may, or lacks its package."""
+    kernels: tuple[str, ...] = importlib.import_module(f"distill.ops.{operator}").KERNELS
+    candidates(operator, kernels, asked, DEVICES.get(asked, "cpu"))
+
+
+def candidates(operator: str, kernels: tuple[str, ...], asked: str, device: str) -> list[str]:
+    """The kernels that may serve ``asked``, the best first; more than one only for ``auto``. Imports nothing.
+
+    Raises ValueError for a name that there is not, a kernel of another device, and one whose package is not installed.
+    """
+    allowed = ("auto", *kernels)
+    if operator in COMPANIONS and asked not in allowed and asked in CHOICES:
+        asked = "auto"
+    if asked not in allowed:
+        what = f"'{asked}' has no kernel for {_words(operator)}" if asked in CHOICES else f"unknown kernel '{asked}'"
+        raise ValueError(f"{what}{nearest(asked, allowed)}; allowed: {', '.join(allowed)}")
+    fitting = [name for name in kernels if DEVICES.get(name, device) == device]
+    if asked == "auto":
+        return [name for name in fitting if _installed(package_of(operator, name))]
+    if asked not in fitting:
+        choices = ", ".join(f"'{name}'" for name in ("auto", *fitting))
+        kind = {"cpu": "CPU", "cuda": "CUDA"}[DEVICES[asked]]
+        raise ValueError(f"kernel '{asked}' needs {kind} tensors, got device '{device}'; use one of {choices}")
+    package = package_of(operator, asked)
+    if not _installed(package):
+        raise ValueError(f"kernel '{asked}' needs {package}, which is not installed: {INSTALL[asked]}, or use 'auto'")
+    return [asked]
 
 
 @functools.cache
 def kernel_of(operator: str, kernels: tuple[str, ...], asked: str, device: str) -> ModuleType:
     """The module ``distill.ops.OPERATOR_KERNEL``, imported when first used and logged once a device.
 
-    ``kernels`` are the names that there are; ``auto`` is ``cpu`` for CPU tensors where numba is installed, otherwise
-    the first of the others.
+    ``kernels`` are the names that there are, the best first. With ``auto``, a package that is installed and cannot be
+    imported (built for another PyTorch, most often) is passed over with a warning that says why.
 
-    Raises ValueError for a name that there is not, and for ``cpu`` elsewhere.
+    Raises ValueError as `candidates` does, and for a kernel asked for by name that cannot be imported.
     """
-    allowed = ("auto", *kernels)
-    if asked not in allowed:
-        raise ValueError(f"unknown kernel '{asked}'{nearest(asked, allowed)}; allowed: {', '.join(allowed)}")
-    others = [name for name in kernels if name != "cpu"]
-    if asked == "cpu" and device != "cpu":
-        choices = ", ".join(f"'{name}'" for name in ("auto", *others))
-        raise ValueError(f"kernel 'cpu' needs CPU tensors, got device '{device}'; use one of {choices}")
-    name = asked
-    if asked == "auto":
-        name = "cpu" if device == "cpu" and has_numba() else others[0]
-    # The cache around this function is what makes the line appear once.
-    logger.info("%s on %s: kernel '%s' (asked for '%s')", operator.replace("_", " "), device, name, asked)
-    return importlib.import_module(f"distill.ops.{operator}_{name}")
+    names = candidates(operator, kernels, asked, device)
+    for name in names:
+        try:
+            module = importlib.import_module(f"distill.ops.{operator}_{name}")
+        except Exception as error:  # packages with compiled parts fail in errors of many kinds
+            if not package_of(operator, name):
+                raise
+            why = f"kernel '{name}' is installed and cannot be imported ({brief(error)})"
+            if asked == name:
+                raise ValueError(f"{why}: build it for this PyTorch, or use 'auto'") from error
+            logger.warning("%s on %s: %s; the next one is taken", _words(operator), device, why)
+            continue
+        # The cache around this function is what makes the line appear once.
+        logger.info("%s on %s: kernel '%s' (asked for '%s')", _words(operator), device, name, asked)
+        if device == "cuda" and asked == "auto" and name not in DEVICES:
+            command = next(INSTALL[other] for other in kernels if DEVICES.get(other) == "cuda")
+            logger.warning("%s on cuda runs in plain PyTorch, which is slow: %s", _words(operator), command)
+        return module
+    raise ValueError(f"no kernel of {_words(operator)} runs on device '{device}'; there are {', '.join(kernels)}")
+
+
+def _installed(package: str) -> bool:
+    return not package or importlib.util.find_spec(package) is not None
+
+
+def _words(operator: str) -> str:
+    return operator.replace("_", " ")
 
 
 @functools.cache

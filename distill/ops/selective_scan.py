@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
-KERNELS = ("cpu", "reference")
+KERNELS = ("cpu", "mamba_ssm", "reference")
 
 
 @untraced
@@ -33,7 +33,7 @@ def selective_scan(
     """Scan ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t`` and read ``y_t = C_t . h_t + D x_t``.
 
     Differentiable in every floating-point argument. Half types are computed in float32; float64, if any of
-    the six operands has it, in float64. Results are the same bits from run to run and for any thread count.
+    the six operands has it, in float64. On CPU, results are the same bits from run to run and for any thread count.
 
     Args:
         x: inputs ``[B, T, D]``.
@@ -43,7 +43,8 @@ def selective_scan(
         D: skip weights ``[D]``.
         reset: ``[B, T]`` bool; where True, a document starts: the state is zeroed before this token.
         initial_state: state before the first token ``[B, D, N]`` (zero if None; dropped by a reset at t = 0).
-        kernel: ``auto`` (cpu for CPU tensors, otherwise reference), ``cpu`` or ``reference``.
+        kernel: ``auto`` (the first of these that the device and what is installed allow), ``cpu``, ``mamba_ssm``
+            (CUDA) or ``reference``.
 
     Returns:
         y ``[B, T, D]`` in x's dtype, and the final state ``[B, D, N]`` in float32 (float64 if computed so),

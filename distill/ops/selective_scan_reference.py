@@ -7,6 +7,8 @@ share one B and one C vector.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,8 @@ def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype a scan runs in: float64 if any of ``tensors`` is, else float32 (half types are upcast)."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds the values of all ``tensors``: the kernels of packages take one for several operands."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.ops.compiled import untraced, update_operator
 from distill.ops.kernels import kernel_of
 
-KERNELS = ("cpu", "chunked", "reference")
+KERNELS = ("cpu", "mamba_ssm", "fla", "chunked", "reference")
 
 
 @untraced
@@ -33,7 +33,8 @@ def ssd(
     """Scan ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`` and read ``y_t = h_t C_t + D x_t``, head by head.
 
     Differentiable in every floating-point argument. Half types are computed in float32; float64, if any operand has
-    it, in float64. A document's outputs and gradients do not depend on the documents before it by a single bit.
+    it, in float64. A document's outputs and gradients do not depend on the documents before it by a single bit (with
+    ``mamba_ssm``, see there, by the last bits).
 
     Args:
         x: inputs ``[B, T, H, P]``.
@@ -43,7 +44,8 @@ def ssd(
         D: skip weights ``[H]``.
         reset: ``[B, T]`` bool; where True, a document starts: the state is zeroed before this token.
         initial_state: state before the first token ``[B, H, P, N]`` (zero if None; dropped by a reset at t = 0).
-        kernel: ``auto`` (cpu for CPU tensors, otherwise chunked), ``cpu``, ``chunked`` or ``reference``.
+        kernel: ``auto`` (the first of these that the device and what is installed allow), ``cpu``, ``mamba_ssm`` or
+            ``fla`` (CUDA), ``chunked`` or ``reference``.
 
     Returns:
         y ``[B, T, H, P]`` in x's dtype, and the final state ``[B, H, P, N]`` in float32 (float64 if computed so),

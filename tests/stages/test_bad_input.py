@@ -123,8 +123,11 @@ CONFIG_VALUES = [
     ([*RUN, "score.first=lo"], "did you mean 'loo'"),
     ([*RUN, "score.mmr.trainable=some"], "allowed: all, mixer"),
     ([*RUN, "dtype=float16"], "allowed: bfloat16, float32"),
-    ([*RUN, "kernels=cuda"], "allowed: auto, cpu, reference"),
-    ([*RUN, "kernels=mamba_ssm"], "allowed: auto, cpu, reference"),
+    ([*RUN, "kernels=cuda"], "allowed: auto, cpu, fla, mamba_ssm, reference"),
+    ([*RUN, "kernels=mamba-ssm"], "did you mean 'mamba_ssm'"),
+    ([*RUN, "kernels=mamba_ssm"], "pip install mamba-ssm causal-conv1d"),
+    ([*RUN, "kernels=fla", "mixer.name=mamba2"], "pip install flash-linear-attention"),
+    ([*RUN, "kernels=fla", "mixer.name=mamba1"], "mixer mamba1: 'fla' has no kernel for selective scan"),
     ([*RUN, "data.sequence_length=1"], "must be at least 2"),
     ([*RUN, "data.mix.adds=1"], "did you mean 'add'"),
     ([*RUN, "data.mix.add=.inf"], "must be at most"),
@@ -421,8 +424,18 @@ def test_what_the_machine_lacks_is_named(
 def test_a_kernel_that_is_asked_for_and_not_there(
     build: Build, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.targets.find_spec", lambda name: None)
+    monkeypatch.setattr("distill.ops.kernels._installed", lambda package: not package)
     assert "pip install numba" in refused(build([*RUN, "kernels=cpu"]), capsys)
+
+
+def test_kernels_of_a_device_that_is_not_here(build: Build, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model is to run; a login node, which only plans and submits, need not have one."""
+    monkeypatch.setattr("distill.ops.kernels._installed", lambda package: True)
+    message = refused(build([*RUN, "kernels=mamba_ssm"]), capsys)
+    assert "kernels=mamba_ssm runs on a GPU alone, and PyTorch finds none" in message
+    assert cli.main(["submit", "demo", "kernels=mamba_ssm", "--dry-run"]) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "kernels=cpu runs on the CPU alone" in refused(build([*RUN, "kernels=cpu"]), capsys)
 
 
 def test_a_loss_that_is_not_finite_keeps_what_was_good(
