@@ -160,7 +160,7 @@ def test_bf16_keeps_the_exact_parameters(swapped: Any, chain: Tensor) -> None:
 
 def test_the_convolution_is_trained_whole_or_not_at_all(swapped: Any, chain: Tensor, tmp_path: Path) -> None:
     """PEFT refuses an adapter there; ``modules_to_save`` trains the module itself, and its new weight is used."""
-    with pytest.raises(ValueError, match="Targeting a Conv1d with groups="):
+    with pytest.raises(ValueError, match="Targeting a CausalConv1d with groups="):
         adapted(copy.deepcopy(swapped), target_modules=["in_proj", "conv1d"])
     base = copy.deepcopy(swapped)
     model = adapted(swapped, modules_to_save=["conv1d"])
