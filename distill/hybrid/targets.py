@@ -17,8 +17,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 }
 """Part of a block -> names of its linear layers. Beside these, ``dt_proj`` of mamba1 can be adapted too.
 
-``conv1d`` must not be: a mixer reads its weight and never calls it, so an adapter would be trained by nothing (PEFT
-refuses it, unless the rank is a multiple of the channels). It is small: train it whole (``modules_to_save``). PEFT
+``conv1d`` cannot: PEFT refuses depthwise convolutions. It is small: train it whole (``modules_to_save``). PEFT
 attaches nothing to ``A_log``, ``D`` and ``dt_bias``, which are no modules.
 """
 
