@@ -94,7 +94,8 @@ def spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) 
     if threads <= 1 or work < SERIAL_WORK:
         kernel(0, tasks, *arguments)
         return
-    pieces = min(tasks, 4 * threads)  # more pieces than threads: a busy core then holds up less
+    # More pieces than threads, and a busy core holds up less; but neighbours together, and memory is read in order.
+    pieces = max(threads, min(4 * threads, tasks // 8))
     edges = [tasks * piece // pieces for piece in range(pieces + 1)]
     jobs = [_pool(threads).submit(kernel, *edge, *arguments) for edge in itertools.pairwise(edges)]
     for job in jobs:

@@ -3,7 +3,8 @@
     B = batch, T = tokens, D = channels, N = states per channel, G = groups, P = D/G channels of a group
 
 A task is one (batch row, group); it owns every output it writes, so the bits do not depend on how tasks are
-spread over threads.
+spread over threads. The groups of a row are taken together, chunk by chunk of tokens: one by one, each would go through
+all of memory in strides of a whole token.
 
 What makes the inner loops vectorise: N is a compile-time constant (the length of the tuple ``width``), and
 what a loop writes lies beside what it reads in one scratch array, at multiples of N, so that few overlap
@@ -42,34 +43,38 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
     P = A.shape[0] // G
     zero = x.dtype.type(0)
     rows = np.empty((P, 2 * N), x.dtype)  # h | A
-    for task in range(first, last):
-        b, group = task // G, task % G
-        for p in range(P):
-            for n in range(N):
-                rows[p, n] = state[b, group * P + p, n]
-                rows[p, N + n] = A[group * P + p, n]
-        for t in range(T):
-            if reset.size and reset[b, t]:
+    task = first
+    while task < last:
+        b, upto = task // G, min(last, (task // G + 1) * G)
+        for start in range(0, T, every):
+            for group in range(task - b * G, upto - b * G):
                 for p in range(P):
                     for n in range(N):
-                        rows[p, n] = zero
-            if checkpoints.size and t % every == 0:
+                        rows[p, n] = state[b, group * P + p, n]
+                        rows[p, N + n] = A[group * P + p, n]
+                for t in range(start, min(start + every, T)):
+                    if reset.size and reset[b, t]:
+                        for p in range(P):
+                            for n in range(N):
+                                rows[p, n] = zero
+                    if checkpoints.size and t % every == 0:
+                        for p in range(P):
+                            for n in range(N):
+                                checkpoints[b, t // every, group * P + p, n] = rows[p, n]
+                    for p in range(P):
+                        d = group * P + p
+                        step, value = dt[b, t, d], x[b, t, d]
+                        inflow = step * value
+                        total = zero
+                        for n in range(N):
+                            h = exp(step * rows[p, N + n]) * rows[p, n] + inflow * B[b, t, group, n]
+                            rows[p, n] = h
+                            total += h * C[b, t, group, n]
+                        y[b, t, d] = total + D[d] * value
                 for p in range(P):
                     for n in range(N):
-                        checkpoints[b, t // every, group * P + p, n] = rows[p, n]
-            for p in range(P):
-                d = group * P + p
-                step, value = dt[b, t, d], x[b, t, d]
-                inflow = step * value
-                total = zero
-                for n in range(N):
-                    h = exp(step * rows[p, N + n]) * rows[p, n] + inflow * B[b, t, group, n]
-                    rows[p, n] = h
-                    total += h * C[b, t, group, n]
-                y[b, t, d] = total + D[d] * value
-        for p in range(P):
-            for n in range(N):
-                state[b, group * P + p, n] = rows[p, n]
+                        state[b, group * P + p, n] = rows[p, n]
+        task = upto
 
 
 @jit
@@ -82,71 +87,76 @@ def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, d
     vectors = np.empty((every, 4 * N), x.dtype)  # B | C | dB | dC
     past = np.empty((every, P, 2 * N), x.dtype)  # a_t | h_{t-1}
     h = np.empty((P, N), x.dtype)
-    for task in range(first, last):
-        b, group = task // G, task % G
-        for p in range(P):
-            dD[b, group * P + p] = zero
+    task = first
+    while task < last:
+        b, upto = task // G, min(last, (task // G + 1) * G)
+        for d in range((task - b * G) * P, (upto - b * G) * P):
+            dD[b, d] = zero
             for n in range(N):
-                rows[p, n] = zero
-                rows[p, N + n] = A[group * P + p, n]
-                rows[p, 2 * N + n] = zero
+                dstate[b, d, n] = zero
+                dA[b, d, n] = zero
         for chunk in range((T - 1) // every, -1, -1):
             start = chunk * every
             length = min(every, T - start)
-            for p in range(P):
-                for n in range(N):
-                    h[p, n] = checkpoints[b, chunk, group * P + p, n]
-            for i in range(length):
-                t = start + i
-                for n in range(N):
-                    vectors[i, n] = B[b, t, group, n]
-                    vectors[i, N + n] = C[b, t, group, n]
-                    vectors[i, 2 * N + n] = zero
-                    vectors[i, 3 * N + n] = zero
-                if reset.size and reset[b, t]:
-                    for p in range(P):
-                        for n in range(N):
-                            h[p, n] = zero
+            for group in range(task - b * G, upto - b * G):
                 for p in range(P):
-                    step = dt[b, t, group * P + p]
-                    inflow = step * x[b, t, group * P + p]
                     for n in range(N):
-                        a = exp(step * rows[p, N + n])
-                        past[i, p, n] = a
-                        past[i, p, N + n] = h[p, n]
-                        h[p, n] = a * h[p, n] + inflow * vectors[i, n]
-            for i in range(length - 1, -1, -1):
-                t = start + i
-                for p in range(P):
-                    d = group * P + p
-                    step, value, dout = dt[b, t, d], x[b, t, d], dy[b, t, d]
-                    inflow = step * value
-                    through_B = zero
-                    through_A = zero
+                        rows[p, n] = dstate[b, group * P + p, n]
+                        rows[p, N + n] = A[group * P + p, n]
+                        rows[p, 2 * N + n] = dA[b, group * P + p, n]
+                        h[p, n] = checkpoints[b, chunk, group * P + p, n]
+                for i in range(length):
+                    t = start + i
                     for n in range(N):
-                        a = past[i, p, n]
-                        kept = a * past[i, p, N + n]
-                        g = rows[p, n] + dout * vectors[i, N + n]
-                        vectors[i, 2 * N + n] += g * inflow
-                        vectors[i, 3 * N + n] += dout * (kept + inflow * vectors[i, n])
-                        through_B += g * vectors[i, n]
-                        through_A += g * kept * rows[p, N + n]
-                        rows[p, 2 * N + n] += g * kept * step
-                        rows[p, n] = g * a
-                    dx[b, t, d] = D[d] * dout + step * through_B
-                    ddt[b, t, d] = through_A + value * through_B
-                    dD[b, d] += dout * value
-                if reset.size and reset[b, t]:
+                        vectors[i, n] = B[b, t, group, n]
+                        vectors[i, N + n] = C[b, t, group, n]
+                        vectors[i, 2 * N + n] = zero
+                        vectors[i, 3 * N + n] = zero
+                    if reset.size and reset[b, t]:
+                        for p in range(P):
+                            for n in range(N):
+                                h[p, n] = zero
                     for p in range(P):
+                        step = dt[b, t, group * P + p]
+                        inflow = step * x[b, t, group * P + p]
                         for n in range(N):
-                            rows[p, n] = zero
-                for n in range(N):
-                    dB[b, t, group, n] = vectors[i, 2 * N + n]
-                    dC[b, t, group, n] = vectors[i, 3 * N + n]
-        for p in range(P):
-            for n in range(N):
-                dstate[b, group * P + p, n] = rows[p, n]
-                dA[b, group * P + p, n] = rows[p, 2 * N + n]
+                            a = exp(step * rows[p, N + n])
+                            past[i, p, n] = a
+                            past[i, p, N + n] = h[p, n]
+                            h[p, n] = a * h[p, n] + inflow * vectors[i, n]
+                for i in range(length - 1, -1, -1):
+                    t = start + i
+                    for p in range(P):
+                        d = group * P + p
+                        step, value, dout = dt[b, t, d], x[b, t, d], dy[b, t, d]
+                        inflow = step * value
+                        through_B = zero
+                        through_A = zero
+                        for n in range(N):
+                            a = past[i, p, n]
+                            kept = a * past[i, p, N + n]
+                            g = rows[p, n] + dout * vectors[i, N + n]
+                            vectors[i, 2 * N + n] += g * inflow
+                            vectors[i, 3 * N + n] += dout * (kept + inflow * vectors[i, n])
+                            through_B += g * vectors[i, n]
+                            through_A += g * kept * rows[p, N + n]
+                            rows[p, 2 * N + n] += g * kept * step
+                            rows[p, n] = g * a
+                        dx[b, t, d] = D[d] * dout + step * through_B
+                        ddt[b, t, d] = through_A + value * through_B
+                        dD[b, d] += dout * value
+                    if reset.size and reset[b, t]:
+                        for p in range(P):
+                            for n in range(N):
+                                rows[p, n] = zero
+                    for n in range(N):
+                        dB[b, t, group, n] = vectors[i, 2 * N + n]
+                        dC[b, t, group, n] = vectors[i, 3 * N + n]
+                for p in range(P):
+                    for n in range(N):
+                        dstate[b, group * P + p, n] = rows[p, n]
+                        dA[b, group * P + p, n] = rows[p, 2 * N + n]
+        task = upto
 
 
 @jit

@@ -6,7 +6,9 @@ multiply-adds as fast as a product's, and needs neither the [Q, Q] blocks of exp
     B = batch, T = tokens, H = heads, P = channels a head, N = states a channel, G = groups of B and C
 
 A task is one (batch row, head); it owns every output it writes, so the bits do not depend on how tasks are spread over
-threads. Backward (g is the gradient of h, a = exp(dt A), u = dt x, from the last token to the first):
+threads. The heads of a row are taken together, chunk by chunk of tokens, as memory holds them.
+
+Backward (g is the gradient of h, a = exp(dt A), u = dt x, from the last token to the first):
     g_t  = dy_t C_t^T + a_{t+1} g_{t+1}      du_t = g_t B_t          dx_t = D dy_t + dt_t du_t
     dC_t = h_t^T dy_t,  dB_t = g_t^T u_t     da_t = sum g_t h_{t-1}  ddt_t = A a_t da_t + x_t . du_t
     dA   = sum_t dt_t a_t da_t               dD   = sum_t dy_t . x_t
@@ -40,32 +42,37 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
     share = H // B.shape[2]
     zero = x.dtype.type(0)
     vectors = np.empty(2 * N, x.dtype)  # B | C
-    for task in range(first, last):
-        b, head = task // H, task % H
-        h = state[b, head]
-        for t in range(T):
-            if reset.size and reset[b, t]:
-                h[:] = zero
-            if checkpoints.size and t % every == 0:
-                checkpoints[b, t // every, head] = h
-            for n in range(N):
-                vectors[n] = B[b, t, head // share, n]
-                vectors[N + n] = C[b, t, head // share, n]
-            step = dt[b, t, head]
-            decay = exp(step * A[head])
-            for p in range(P):
-                value = x[b, t, head, p]
-                inflow, total = step * value, zero
-                for n in range(N):
-                    new = decay * h[p, n] + inflow * vectors[n]
-                    h[p, n] = new
-                    total += new * vectors[N + n]
-                y[b, t, head, p] = total + D[head] * value
+    task = first
+    while task < last:
+        b, upto = task // H, min(last, (task // H + 1) * H)
+        for start in range(0, T, every):
+            for head in range(task - b * H, upto - b * H):
+                h = state[b, head]
+                for t in range(start, min(start + every, T)):
+                    if reset.size and reset[b, t]:
+                        h[:] = zero
+                    if checkpoints.size and t % every == 0:
+                        checkpoints[b, t // every, head] = h
+                    for n in range(N):
+                        vectors[n] = B[b, t, head // share, n]
+                        vectors[N + n] = C[b, t, head // share, n]
+                    step = dt[b, t, head]
+                    decay = exp(step * A[head])
+                    for p in range(P):
+                        value = x[b, t, head, p]
+                        inflow, total = step * value, zero
+                        for n in range(N):
+                            new = decay * h[p, n] + inflow * vectors[n]
+                            h[p, n] = new
+                            total += new * vectors[N + n]
+                        y[b, t, head, p] = total + D[head] * value
+        task = upto
 
 
 @jit
-def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, dA, dB, dC, dD, dstate, every):
-    """Tasks ``first .. last - 1``. dB and dC ``[B, T, H, N]``, dA and dD ``[B, H]`` are summed by the caller."""
+def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, dB, dC, sums, dstate, every):
+    """Tasks ``first .. last - 1``. dB and dC ``[B, T, H, N]`` are summed by the caller, and so are ``sums [B, H, 2]``
+    of dA and dD, which come in as zeros, in float64: over a long document float32 loses what single tokens add."""
     N = B.shape[3]
     T, H, P = x.shape[1:]
     share = H // B.shape[2]
@@ -73,77 +80,79 @@ def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, d
     past = np.empty((every + 1, P, N), x.dtype)  # h before the chunk and after each of its tokens
     rows = np.empty((P, N), x.dtype)  # g
     vectors = np.empty((every, 4 * N), x.dtype)  # B | C | dB | dC
-    for task in range(first, last):
-        b, head = task // H, task % H
-        sum_A, sum_D = 0.0, 0.0  # float64: over a whole document, float32 would lose what single tokens add
-        for p in range(P):
-            for n in range(N):
-                rows[p, n] = zero
+    task = first
+    while task < last:
+        b, upto = task // H, min(last, (task // H + 1) * H)
+        for head in range(task - b * H, upto - b * H):
+            for p in range(P):
+                for n in range(N):
+                    dstate[b, head, p, n] = zero
         for chunk in range((T - 1) // every, -1, -1):
             start = chunk * every
             length = min(every, T - start)
-            for p in range(P):
-                for n in range(N):
-                    past[0, p, n] = checkpoints[b, chunk, head, p, n]
-            for i in range(length):
-                t = start + i
-                for n in range(N):
-                    vectors[i, n] = B[b, t, head // share, n]
-                    vectors[i, N + n] = C[b, t, head // share, n]
-                    vectors[i, 2 * N + n] = zero
-                    vectors[i, 3 * N + n] = zero
-                step = dt[b, t, head]
-                decay = exp(step * A[head])
-                begins = reset.size and reset[b, t]
+            for head in range(task - b * H, upto - b * H):
                 for p in range(P):
-                    inflow = step * x[b, t, head, p]
-                    if begins:
+                    for n in range(N):
+                        past[0, p, n] = checkpoints[b, chunk, head, p, n]
+                        rows[p, n] = dstate[b, head, p, n]
+                for i in range(length):
+                    t = start + i
+                    for n in range(N):
+                        vectors[i, n] = B[b, t, head // share, n]
+                        vectors[i, N + n] = C[b, t, head // share, n]
+                        vectors[i, 2 * N + n] = zero
+                        vectors[i, 3 * N + n] = zero
+                    step = dt[b, t, head]
+                    decay = exp(step * A[head])
+                    begins = reset.size and reset[b, t]
+                    for p in range(P):
+                        inflow = step * x[b, t, head, p]
+                        if begins:
+                            for n in range(N):
+                                past[i + 1, p, n] = inflow * vectors[i, n]
+                        else:
+                            for n in range(N):
+                                past[i + 1, p, n] = decay * past[i, p, n] + inflow * vectors[i, n]
+                for i in range(length - 1, -1, -1):
+                    t = start + i
+                    step = dt[b, t, head]
+                    decay = exp(step * A[head])
+                    begins = reset.size and reset[b, t]
+                    through_a, through_dt, through_D = zero, zero, zero
+                    for p in range(P):
+                        value, dout = x[b, t, head, p], dy[b, t, head, p]
+                        inflow = step * value
+                        through, kept = zero, zero
+                        # Three loops, so that in each few arrays could overlap: or they would not vectorise.
                         for n in range(N):
-                            past[i + 1, p, n] = inflow * vectors[i, n]
-                    else:
+                            g = rows[p, n] + dout * vectors[i, N + n]
+                            rows[p, n] = g
+                            through += g * vectors[i, n]
+                            kept += g * past[i, p, n]
                         for n in range(N):
-                            past[i + 1, p, n] = decay * past[i, p, n] + inflow * vectors[i, n]
-            for i in range(length - 1, -1, -1):
-                t = start + i
-                step = dt[b, t, head]
-                decay = exp(step * A[head])
-                begins = reset.size and reset[b, t]
-                through_a, through_dt, through_D = zero, zero, zero
+                            vectors[i, 2 * N + n] += rows[p, n] * inflow
+                            vectors[i, 3 * N + n] += dout * past[i + 1, p, n]
+                        for n in range(N):
+                            rows[p, n] *= decay
+                        dx[b, t, head, p] = D[head] * dout + step * through
+                        through_dt += value * through
+                        through_D += dout * value
+                        if begins:  # a select and not a product: the other document may hold inf or NaN
+                            for n in range(N):
+                                rows[p, n] = zero
+                        else:
+                            through_a += kept
+                    through_a *= decay
+                    ddt[b, t, head] = A[head] * through_a + through_dt
+                    sums[b, head, 0] += step * through_a
+                    sums[b, head, 1] += through_D
+                    for n in range(N):
+                        dB[b, t, head, n] = vectors[i, 2 * N + n]
+                        dC[b, t, head, n] = vectors[i, 3 * N + n]
                 for p in range(P):
-                    value, dout = x[b, t, head, p], dy[b, t, head, p]
-                    inflow = step * value
-                    through, kept = zero, zero
-                    # Three loops, so that in each few arrays could overlap: or they would not vectorise.
                     for n in range(N):
-                        g = rows[p, n] + dout * vectors[i, N + n]
-                        rows[p, n] = g
-                        through += g * vectors[i, n]
-                        kept += g * past[i, p, n]
-                    for n in range(N):
-                        vectors[i, 2 * N + n] += rows[p, n] * inflow
-                        vectors[i, 3 * N + n] += dout * past[i + 1, p, n]
-                    for n in range(N):
-                        rows[p, n] *= decay
-                    dx[b, t, head, p] = D[head] * dout + step * through
-                    through_dt += value * through
-                    through_D += dout * value
-                    if begins:  # a select and not a product: the other document may hold inf or NaN
-                        for n in range(N):
-                            rows[p, n] = zero
-                    else:
-                        through_a += kept
-                through_a *= decay
-                ddt[b, t, head] = A[head] * through_a + through_dt
-                sum_A += step * through_a
-                sum_D += through_D
-                for n in range(N):
-                    dB[b, t, head, n] = vectors[i, 2 * N + n]
-                    dC[b, t, head, n] = vectors[i, 3 * N + n]
-        dA[b, head] = sum_A
-        dD[b, head] = sum_D
-        for p in range(P):
-            for n in range(N):
-                dstate[b, head, p, n] = rows[p, n]
+                        dstate[b, head, p, n] = rows[p, n]
+        task = upto
 
 
 @jit
@@ -214,16 +223,17 @@ class _Scan(torch.autograd.Function):
         groups, states = B_.shape[2:]
         dx, ddt = np.empty_like(x_), np.empty_like(dt_)
         dB, dC = (np.empty((batch, length, heads, states), x_.dtype) for _ in range(2))
-        dA, dD = (np.empty((batch, heads), x_.dtype) for _ in range(2))
+        sums = np.zeros((batch, heads, 2))
         dstate = np.empty((batch, heads, x_.shape[3], states), x_.dtype)
         marks = _NO_RESET if reset is None else reset.contiguous().numpy()
-        outputs = (dx, ddt, dA, dB, dC, dD, dstate)
+        outputs = (dx, ddt, dB, dC, sums, dstate)
         inputs = (*arrays, marks, checkpoints.numpy(), array(dy, dtype))
         spread(_backward, batch * heads, x.numel() * states, *inputs, *outputs, CHECKPOINT_EVERY)
         if groups != heads:
             dB, dC = (grad.reshape(batch, length, groups, -1, states).sum(axis=3) for grad in (dB, dC))
         # numpy adds the batch rows one after the other, whatever the thread count.
-        grads = (dx, ddt, dA.sum(axis=0), dB, dC, dD.sum(axis=0), None, dstate)
+        dA, dD = sums.sum(axis=0).T
+        grads = (dx, ddt, dA, dB, dC, dD, None, dstate)
         return tuple(
             torch.from_numpy(grad).to(operand.dtype) if needed and grad is not None else None
             for grad, operand, needed in zip(grads, operands, ctx.needs_input_grad, strict=True)
