@@ -74,7 +74,11 @@ class HybridConfigMixin:
 
     @auto_map.setter
     def auto_map(self, value: dict[str, Any]) -> None:
-        self.__dict__["auto_map"] = value
+        """Kept by a class that came with a folder's code (``_auto_class`` is transformers' mark), which is saved beside
+        it; by our own only where it names a repository (``owner/name--file.Class``), or what is saved would ask for
+        files that are not there."""
+        if self._auto_class is not None or all("--" in str(place) for place in value.values()):  # type: ignore[attr-defined]
+            self.__dict__["auto_map"] = value
 
     def check_mixers(self) -> None:
         """Raise UserError where the placement has the wrong length or a mixer does not fit the shapes."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.config import MixerConfig
 from distill.errors import UserError
@@ -112,6 +113,17 @@ def test_with_our_package_our_own_code_is_taken(found: dict[str, Any], tmp_path:
     trust_code(str(folder), False)
     model.save_pretrained(tmp_path / "saved")
     assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+def test_saved_from_our_own_classes_it_asks_for_no_code(found: dict[str, Any], tmp_path: Path) -> None:
+    """As the card's snippet loads it; what names a repository stays, since the files are there."""
+    folder = str(Path(found["folder"], "llama-mamba1"))
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
+    there = {"AutoConfig": "owner/name--modeling_hybrid.HybridLlamaConfig"}
+    config = AutoConfig.from_pretrained(tmp_path / "saved", auto_map=there)
+    assert config.to_dict()["auto_map"] == there
 
 
 def test_code_of_another_architecture_is_still_refused(found: dict[str, Any], tmp_path: Path) -> None:
