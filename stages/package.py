@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
         folder = Path(config.teacher).expanduser()
         origin = str(folder) if config.teacher != EMBEDDED and folder.is_dir() else ""
     output = package(checkpoint, args.output, code=args.code, facts=facts, origin=origin)
-    size = sum(path.stat().st_size for path in output.iterdir())
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     say(f"{facts.name} -> {output}: {size / 2**20:,.1f} MiB, model card in {output / 'README.md'}")
     if not facts.accuracy:
         say("nothing was measured of it yet, and the card says so: 'distill measure' comes before")

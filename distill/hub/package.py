@@ -15,10 +15,13 @@ from distill.storage import fresh_folder
 from distill.teacher import load_tokenizer
 from distill.weights import headers
 
-TAKEN = (".safetensors", ".json", ".jinja", ".model", ".txt")
-"""Endings of the files that are taken along."""
-LEFT = ("config.json", "lineage.json", "merge.json", "step.json", "manifest.json", "inputs.json")
-"""Those of them that are not, or not as they are."""
+TAKEN = (
+    "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "chat_template.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""The files that are taken along, and no others: what else lies in a folder (a trainer's state, notes, an adapter) is
+no part of the model and may tell of this machine."""
 PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file", "cache_dir")
 """Keys that say where on this machine something lay."""
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -45,14 +48,16 @@ def package(
     headers(source)
     load_tokenizer(str(source))
     facts = facts or facts_of(source)
-    files = [path for path in sorted(source.iterdir()) if path.suffix in TAKEN and path.name not in LEFT]
+    files = sorted(path for kind in TAKEN for path in source.glob(kind) if path.is_file())
     licenses = [path for kind in LICENSES if origin for path in sorted(Path(origin).glob(kind)) if path.is_file()]
     with fresh_folder(target, room=sum(path.stat().st_size for path in (*files, *licenses))) as folder:
         for path in files:
+            place = folder / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
             if path.name.endswith("_config.json"):
-                write_json(folder / path.name, _clean(read_json(path)))
+                write_json(place, _clean(read_json(path)))
             else:
-                shutil.copyfile(path, folder / path.name)
+                shutil.copyfile(path, place)
         for path in licenses:
             shutil.copyfile(path, folder / path.name)
         config = _clean(read_json(source / "config.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import AutoTokenizer
 
 from distill.config import MixerConfig
 from distill.errors import UserError
@@ -141,6 +143,24 @@ def test_a_packaged_checkpoint_names_no_place_and_leaves_the_checkpoint_alone(ch
     assert "traces.jsonl" in (target / "lineage.json").read_text()
     assert (target / "model.safetensors").read_bytes() == before["model.safetensors"]
     assert (target / "model.safetensors").stat().st_mode & 0o777 == (target / "README.md").stat().st_mode & 0o777
+
+
+def test_what_else_lies_in_a_folder_stays_there(checkpoint: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """As a trainer leaves a folder; of the tokenizer all goes along, every template too."""
+    templates = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    taught = copy.deepcopy(tokenizer)
+    taught.chat_template = templates
+    taught.save_pretrained(checkpoint)
+    (checkpoint / "trainer_state.json").write_text('{"best_model_checkpoint": "/home/me/checkpoint-6"}')
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
+    for name in ("notes.txt", "optimizer.safetensors", "adapter_model.safetensors"):
+        (checkpoint / name).write_text("/home/me")
+    target = package(checkpoint, tmp_path / "out")
+    assert {path.name for path in target.iterdir()} == {
+        "README.md", "additional_chat_templates", "chat_template.jinja", "config.json", "generation_config.json",
+        "lineage.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert AutoTokenizer.from_pretrained(target).chat_template == templates
 
 
 def test_the_cards_snippet_runs(
