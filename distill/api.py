@@ -11,9 +11,10 @@ do.
 
 from __future__ import annotations
 
+import operator
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 from distill.config import DataConfig, MixerConfig, TrainConfig
 from distill.config_merge import spread_options
 from distill.data.sources import EMBEDDED
-from distill.errors import UserError, choose
+from distill.errors import UserError, brief, choose
 from distill.hub.package import package
 from distill.hybrid import surgery
 from distill.init import available as initialisations
@@ -61,6 +62,11 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     Raises UserError for what is not there, is damaged, or cannot be loaded.
     """
     kind = choose("dtype", str(dtype).removeprefix("torch."), DTYPES)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # what PyTorch raises for a name and for hardware that is not
+            raise UserError(f"device={device!r} cannot be used here: {brief(error)}") from error
     name = str(path)
     if name.strip() and name != EMBEDDED and Path(name).expanduser().is_dir():
         name = str(checkpoint_folder(name))
@@ -102,6 +108,7 @@ def hybridize(
     (settings,) = spread_options(options, start, fixed=("name", "init", "blocks"))
     if isinstance(model, (str, Path)):
         model = load(model).model
+    surgery.check_model(model)
     surgery.check_convertible(model.config)
     before = list(getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers)
     return surgery.hybridize(model, mixers_of(before, placement, mixer, scores), settings, seed=seed)
@@ -122,6 +129,8 @@ def mixers_of(before: Sequence[str], placement: Placement, mixer: str, scores: S
         for block, name in chosen.items():
             after = replace(after, [block], name)
         return after
+    if not isinstance(placement, Iterable):
+        raise UserError(f"placement={placement!r}: give a list of blocks, such as [3, 6, 7]")
     entries = list(placement)
     if entries and all(isinstance(entry, str) for entry in entries):
         if len(entries) != len(before):
@@ -145,6 +154,8 @@ def _counted(before: Sequence[str], name: str, scores: Scores | None) -> list[in
             f"placement='{name}' says how many blocks, not which: give scores=distill.score(model, tokenizer), or the "
             "blocks themselves, such as [3, 6, 7]"
         )
+    if not isinstance(scores, Scores):
+        raise UserError(f"scores is a {type(scores).__name__}: give what distill.score gave")
     if wanted < there:
         raise UserError(f"placement='{name}', but the model is {hybrid_name(there, len(before))} already")
     return scores.least(wanted - there)
@@ -152,12 +163,14 @@ def _counted(before: Sequence[str], name: str, scores: Scores | None) -> list[in
 
 def _block(value: Any) -> int:
     """A block's index; UserError for what is none."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    whole: Any = None if isinstance(value, bool) else value
+    try:
+        return operator.index(whole)
+    except TypeError:
         raise UserError(
             f"placement has {value!r}, which is no block: give blocks ([3, 6, 7]), their mixers ({{3: 'mamba2'}}), the "
             "mixer of every block, or a name such as 'H1-5/10' with scores"
-        )
-    return int(value)
+        ) from None
 
 
 def train(
@@ -187,6 +200,10 @@ def train(
     Raises UserError for data or options that cannot be, and where the loss is not finite.
     """
     settings, rows = spread_options(options, TrainConfig(), DataConfig(), fixed=(*FIXED, "steps"))
+    surgery.check_model(student, "student")
+    surgery.check_model(teacher, "teacher")
+    if not surgery.is_hybrid(student.config):
+        raise UserError(f"student is a {student.config.model_type}, no hybrid: train(student, teacher, tokenizer)")
     if student.config.vocab_size != teacher.config.vocab_size:
         sizes = f"{student.config.vocab_size} and {teacher.config.vocab_size}"
         raise UserError(f"student and teacher have vocabularies of {sizes} tokens: they must be the same")
@@ -200,20 +217,22 @@ def train(
         dtype = str(teacher.dtype).removeprefix("torch.")
         arguments = training_arguments(settings, steps, Path(scratch), seed, dtype)
         start = loss()
-        fit(
-            DistillTrainer,
-            student.requires_grad_(True).train(),
-            training,
-            arguments,
-            title="train",
-            log=None,
-            teacher=judge,
-            loss=settings.loss,
-            temperature=settings.temperature,
-            mixer_learning_rate=settings.mixer_learning_rate,
-        )
-        student.eval()
-        student.config.use_cache = cached
+        try:
+            fit(
+                DistillTrainer,
+                student.requires_grad_(True).train(),
+                training,
+                arguments,
+                title="train",
+                log=None,
+                teacher=judge,
+                loss=settings.loss,
+                temperature=settings.temperature,
+                mixer_learning_rate=settings.mixer_learning_rate,
+            )
+        finally:
+            student.eval()
+            student.config.use_cache = cached
         tokens = steps * settings.batch_size * rows.sequence_length
         minutes = (time.monotonic() - began) / 60
         return {"eval_loss_start": start, "eval_loss_end": loss(), "tokens": tokens, "minutes": minutes}

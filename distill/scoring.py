@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from distill.data.jsonl import iterate_rows
 from distill.data.mixture import check_data, load_data
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError, choose
-from distill.hybrid.surgery import check_convertible
+from distill.hybrid.surgery import check_convertible, check_model
 from distill.importance import Metric, Setup, available, scorer
 from distill.importance.mmr import TRAINABLE
 from distill.likelihood import check_question, requests_of
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 90_001  # validation rows: the same for every training and every candidate
 FIXED = ("mixture", "steps_by_stage", "keep_steps", "save_steps", "source")
 """Keys of the config that have no meaning for one training."""
+ABOVE_0 = ("steps", "held-out rows", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
+"""Numbers of a training that must be above 0; the others may be 0."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def score(
     Raises UserError for a method, data or options that cannot be.
     """
     choose("method", method, available())
+    check_model(model)
+    if teacher is not None:
+        check_model(teacher, "teacher")
     check_convertible(model.config)
     placed = list(getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers)
     mmr, train, rows, mixer = _options(method, options, steps)
@@ -151,6 +156,10 @@ def _options(
 
 def _questions(data: Any, count: int) -> list[Mapping[str, Any]]:
     """The first ``count`` (0: all) multiple-choice questions of what ``data`` names."""
+    if not isinstance(count, int):
+        raise UserError(f"questions={count!r} must be a whole number")
+    if not isinstance(data, (str, Path, Sequence)):
+        raise UserError(f"data is a {type(data).__name__}: loo wants '{EMBEDDED}', a JSONL file, or rows")
     if count < 0:
         raise UserError(f"questions={count} must be at least 0 (all)")
     if isinstance(data, (str, Path)) and str(data) != EMBEDDED:
@@ -172,9 +181,11 @@ def training_rows(
     """
     if not isinstance(data, (str, Path)):
         raise UserError(f"data={type(data).__name__}: training wants '{EMBEDDED}', a file or folder, or a hub name")
-    for key, value in {"steps": steps, "batch_size": train.batch_size, "learning_rate": train.learning_rate}.items():
-        if not value > 0:
-            raise UserError(f"{key}={value} must be above 0")
+    if not isinstance(steps, int):
+        raise UserError(f"steps={steps!r} must be a whole number")
+    for key, value in {**asdict(train), "steps": steps, "held-out rows": heldout}.items():
+        if isinstance(value, (int, float)) and not (value > 0 if key in ABOVE_0 else value >= 0):
+            raise UserError(f"{key}={value} must be {'above 0' if key in ABOVE_0 else 'at least 0'}")
     choose("loss", train.loss, LOSSES)
     if model.dtype != torch.float32:
         raise UserError(f"float32 weights are trained, the model has {model.dtype}: load it with dtype='float32'")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import distill
+from distill.api import Loaded
 from distill.config import MixerConfig
 from distill.data import suite
 from distill.errors import UserError
@@ -75,6 +76,10 @@ def test_a_hybrid_grows(llama: Any) -> None:
         ([4], {}, r"block 4 is out of range; expected a value in \[0, 4\)"),
         ([-1], {}, "block -1 is out of range"),
         ([1, 1], {}, "block 1 already has mixer 'mamba1'"),
+        (3, {}, r"placement=3: give a list of blocks, such as \[3, 6, 7\]"),
+        (None, {}, "placement=None: give a list"),
+        (torch.tensor([1.7]), {}, "which is no block"),
+        ("H1-2/4", {"scores": [1, 2]}, "scores is a list: give what distill.score gave"),
         ([1.5], {}, "placement has 1.5, which is no block"),
         ([True], {}, "placement has True"),
         ([1, "mamba1"], {}, "placement has 'mamba1', which is no block"),
@@ -178,6 +183,9 @@ def test_mmr_scores_by_a_short_distillation(llama: Any, tokenizer: Any) -> None:
     ("options", "message"),
     [
         ({"method": "lo"}, "did you mean 'loo'"),
+        ({"questions": 1.5}, "questions=1.5 must be a whole number"),
+        ({"data": None}, "data is a NoneType"),
+        ({"method": "mmr", "heldout_tokens": 0}, "held-out rows=0 must be above 0"),
         ({"questions": -1}, "questions=-1 must be at least 0"),
         ({"data": []}, "no questions"),
         ({"data": [{"prompt": "a", "choices": ["b"], "gold": 0}]}, "at least two texts"),
@@ -237,6 +245,12 @@ def test_train_distils_in_place(llama: Any, tokenizer: Any) -> None:
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"batch_size": 3, "gradient_accumulation": 2}, "not divisible"),
         ({"mask": "prompt"}, "allowed: all, assistant, completion"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be above 0"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation=0 must be above 0"),
+        ({"eval_rows": 0}, "held-out rows=0 must be above 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
+        ({"steps": 1.5}, "steps=1.5 must be a whole number"),
     ],
 )
 def test_a_training_that_cannot_be(llama: Any, tokenizer: Any, options: dict[str, Any], message: str) -> None:
@@ -251,3 +265,34 @@ def test_weights_that_are_not_float32_are_not_trained(make_llama: Callable[..., 
     other = make_llama(vocab_size=80)
     with pytest.raises(UserError, match="vocabularies of 80 and"):
         distill.train(distill.hybridize(other, [1]), teacher, tokenizer)
+
+
+def test_what_is_no_model_is_refused(make_llama: Callable[..., Any], tokenizer: Any) -> None:
+    """What people have at hand instead: what load gives, a backbone, a wrapper, weights elsewhere, the wrong order."""
+    llama = make_llama()
+    hybrid = distill.hybridize(llama, [1])
+    for given in (Loaded(llama, tokenizer), llama.config, llama.model, torch.compile(llama), None):
+        with pytest.raises(UserError, match=f"model is a {type(given).__name__}: give a transformers causal LM"):
+            distill.hybridize(given, [1])
+    with pytest.raises(UserError, match="model is a str"):
+        distill.score("embedded", tokenizer)
+    with pytest.raises(UserError, match="teacher is a str"):
+        distill.train(hybrid, "embedded", tokenizer)
+    with pytest.raises(UserError, match="student is a llama, no hybrid"):
+        distill.train(llama, hybrid, tokenizer)
+    with pytest.raises(UserError, match="no weights at hand for model.embed_tokens.weight"):
+        distill.hybridize(make_llama().to("meta"), [1])
+
+
+def test_a_training_that_fails_leaves_a_model_to_generate_with(llama: Any, tokenizer: Any) -> None:
+    hybrid = distill.hybridize(llama, [1])
+    with pytest.raises(UserError, match="became"):
+        distill.train(hybrid, llama, tokenizer, steps=2, batch_size=2, sequence_length=64, eval_rows=2,
+                      learning_rate=1e30, warmup_steps=0)  # fmt: skip
+    assert not hybrid.training and hybrid.config.use_cache
+
+
+def test_a_device_that_is_not_there_is_named_before_weights_load() -> None:
+    for device in ("cudaa", "cuda:77"):
+        with pytest.raises(UserError, match=f"device='{device}' cannot be used here"):
+            distill.load("embedded", device=device)

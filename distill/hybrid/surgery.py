@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from distill.config import MixerConfig
@@ -54,6 +55,17 @@ def obstacles(config: Any) -> list[str]:
     if getattr(config, "quantization_config", None):
         found.append("quantised weights (give the model as it was before)")
     return found
+
+
+def check_model(model: Any, what: str = "model") -> None:
+    """UserError for what is no transformers causal LM with its weights at hand."""
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "lm_head"):
+        raise UserError(
+            f"{what} is a {type(model).__name__}: give a transformers causal LM, such as distill.load(path).model (one "
+            "with PEFT adapters merged, merge_and_unload(); one that is compiled as it was before)"
+        )
+    if away := next((name for name, tensor in model.named_parameters() if tensor.is_meta), None):
+        raise UserError(f"{what} has no weights at hand for {away} (offloaded, or on the meta device): load it whole")
 
 
 def is_hybrid(config: Any) -> bool:
