@@ -15,6 +15,7 @@ import operator
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def hybridize(
         scores: what ``score`` gave.
         seed: of what starts at random.
         options: of the mixer, as in ``distill.config.MixerConfig``: d_state, d_conv, mil_layout, z_init, conv_init,
-            bc_norm.
+            bc_norm. Of a hybrid those that it has are the defaults.
 
     Returns:
         A transformers causal LM on the model's device and in its dtype, whose config names its mixers; all that was not
@@ -105,12 +106,15 @@ def hybridize(
     Raises UserError for an architecture, a placement, a mixer or options that cannot be.
     """
     start = MixerConfig(name=choose("mixer", mixer, mixers()), init=choose("init", init, initialisations()))
-    (settings,) = spread_options(options, start, fixed=("name", "init", "blocks"))
     if isinstance(model, (str, Path)):
         model = load(model).model
     surgery.check_model(model)
     surgery.check_convertible(model.config)
     before = list(getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers)
+    if replaced_blocks(before):
+        there = model.config.mixer_config
+        start = replace_fields(start, **{**there, "bc_norm": "always" if there["bc_norm"] else "never"})
+    (settings,) = spread_options(options, start, fixed=("name", "init", "blocks"))
     return surgery.hybridize(model, mixers_of(before, placement, mixer, scores), settings, seed=seed)
 
 

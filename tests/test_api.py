@@ -63,6 +63,14 @@ def test_options_reach_the_mixer(llama: Any) -> None:
     assert not torch.equal(fresh(IDS).logits, mil(IDS).logits)
 
 
+def test_a_hybrid_grows_with_the_options_that_it_has(llama: Any) -> None:
+    hybrid = distill.hybridize(llama, [1], d_state=8, bc_norm="always", mil_layout="faithful")
+    more = distill.hybridize(hybrid, [2])
+    assert more.config.mixer_config == hybrid.config.mixer_config
+    with pytest.raises(UserError, match="d_state=16, but the mixers already there have d_state=8"):
+        distill.hybridize(hybrid, [2], d_state=16)
+
+
 def test_a_hybrid_grows(llama: Any) -> None:
     first = distill.hybridize(llama, [2], "mamba2")
     second = distill.hybridize(first, "H1-3", "mamba1", scores=Scores("mmr", [0, 3, 1], {}))
