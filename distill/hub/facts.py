@@ -16,10 +16,14 @@ from distill.errors import UserError
 from distill.hybrid.surgery import is_hybrid
 from distill.placement import ATTENTION, hybrid_name, replaced_blocks
 from distill.records import read_json
-from distill.teacher import load_config
+from distill.teacher import load_config, load_tokenizer
 
 ABSOLUTE = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?[/\\][^\s,;'\")]+")
 """A path from the root of a machine, or from a user's home."""
+
+
+OF_MAMBA1 = ("d_state", "mil_layout", "z_init")
+"""Options of a mixer that mamba1 alone reads."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,19 @@ def lineage_of(checkpoint: Path) -> list[dict[str, Any]]:
     ]
 
 
+def options_of(config: Any, mixers: Sequence[str]) -> dict[str, Any]:
+    """The options that the mixers of a model have: mamba2 reads none of ``OF_MAMBA1`` (its states are as wide as a
+    head), and mamba1's states are never wider than a head."""
+    kinds = set(mixers) - {ATTENTION}
+    options = {key: value for key, value in config.mixer_config.items() if kinds and key not in OF_MAMBA1}
+    if "mamba1" in kinds:
+        given = {**config.mixer_config, "d_state": min(config.mixer_config["d_state"], config.head_dim)}
+        options |= {key if len(kinds) == 1 else f"{key} (mamba1)": given[key] for key in OF_MAMBA1}
+    if "mamba2" in kinds:
+        options["d_state" if len(kinds) == 1 else "d_state (mamba2)"] = config.head_dim
+    return options
+
+
 def facts_of(checkpoint: Path) -> Facts:
     """What a checkpoint says of itself.
 
@@ -134,9 +151,9 @@ def facts_of(checkpoint: Path) -> Facts:
         name=tuned[-1] if tuned else name,
         family=config.model_type.removeprefix("hybrid_"),
         mixers=mixers,
-        options=config.mixer_config,
+        options=options_of(config, mixers),
         context=getattr(config, "max_position_embeddings", None) or 0,
         dtype=str(config.dtype).removeprefix("torch.") if config.dtype is not None else "",
-        chat=(checkpoint / "chat_template.jinja").is_file(),
+        chat=load_tokenizer(str(checkpoint)).chat_template is not None,
         lineage=lineage,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from distill.hub.card import card
 from distill.hub.code import auto_map, code_files
 from distill.hub.facts import Facts, facts_of
+from distill.posttrain.merge import checkpoint_folder
 from distill.records import read_json, verify, write_json, write_text
 from distill.storage import fresh_folder
 from distill.teacher import load_tokenizer
@@ -33,7 +34,7 @@ def package(
     """Write a hybrid checkpoint to ``output`` as a model hub wants it, whole or not at all; returns the folder.
 
     Args:
-        checkpoint: a folder with config.json; it is left as it is.
+        checkpoint: a folder with config.json, or a stage's folder; it is left as it is.
         output: a folder that does not exist; its name is the model's in the card.
         code: bring the Python files along with which ``from_pretrained(output, trust_remote_code=True)`` needs none of
             our packages.
@@ -43,7 +44,7 @@ def package(
     Raises UserError, before anything is written, for an ``output`` that exists, a checkpoint that is no hybrid of ours,
     is damaged or lacks weights or tokenizer, and where there is too little room.
     """
-    source, target = Path(checkpoint).expanduser(), Path(output).expanduser()
+    source, target = checkpoint_folder(checkpoint), Path(output).expanduser()
     verify(source)
     headers(source)
     load_tokenizer(str(source))

@@ -163,6 +163,36 @@ def test_what_else_lies_in_a_folder_stays_there(checkpoint: Path, tokenizer: Any
     assert AutoTokenizer.from_pretrained(target).chat_template == templates
 
 
+def test_the_options_are_those_that_the_mixers_have(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """mamba2 reads no d_state: its states are as wide as a head."""
+    for mixers, told, untold in (
+        (["mamba2"] * 2, "d_state 32", "mil_layout"),
+        (["mamba1"] * 2, "d_state 16", "(mamba1)"),
+        (["mamba1", "mamba2"], "d_state (mamba1) 16, d_state (mamba2) 32", "d_state 16"),
+    ):
+        folder = tmp_path / "-".join(mixers)
+        hybridize(llama, [*mixers, "attention", "attention"], MixerConfig(), seed=0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        text = card(facts_of(folder), "x", code=False)
+        assert told in text and untold not in text
+
+
+def test_a_template_in_the_tokenizers_config_is_a_template(checkpoint: Path, tmp_path: Path) -> None:
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (checkpoint / "chat_template.jinja").read_text()
+    (checkpoint / "chat_template.jinja").unlink()
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "apply_chat_template" in (package(checkpoint, tmp_path / "out") / "README.md").read_text()
+
+
+def test_what_is_not_there_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is no checkpoint"):
+        package(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "stage/train").mkdir(parents=True)
+    checkpoint.rename(tmp_path / "stage/train/checkpoint")
+    assert (package(tmp_path / "stage", tmp_path / "out") / "config.json").is_file()
+
+
 def test_the_cards_snippet_runs(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
