@@ -79,8 +79,10 @@ $(DEEPSPEED)/installed: $(STAMP)
 	touch $@
 
 $(PEERS): $(STAMP)  ## sources to measure against, beside the environment and not in it: nothing is compiled
+	rm -rf $@
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --no-deps \
-		--no-build-isolation --target $@ mamba-ssm==2.3.2.post1 einops==0.8.1
+		--no-build-isolation --target $@ mamba-ssm==2.3.2.post1 einops==0.8.2
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,35 +78,47 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def fresh_folder(target: Path, room: int = 0) -> Iterator[Path]:
-    """A folder of the user's own naming, whole or not at all: yields ``.NAME.partial``, which then takes its name.
+    """A folder of the user's own naming, whole or not at all: yields ``.NAME.*.partial``, which then takes its name.
 
-    What a killed process left is removed before, and on any error what is half written; nothing else is touched.
+    On any error what is half written is removed; nothing else is touched (a killed process leaves its own half).
     ``room`` is how many bytes it will take. Raises UserError, before anything is written, where ``target`` exists or
     cannot be written, DiskFull where there is no room.
     """
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already: give another folder, or remove it")
-    place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.is_dir())
+    if "\0" in str(target):
+        raise UserError(f"cannot write {str(target)!r}: a name has no NUL")
+    try:
+        if os.path.lexists(target):
+            raise UserError(f"{target} exists already: give another folder, or remove it")
+        place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.is_dir())
+    except OSError as error:  # a name too long
+        raise UserError(f"cannot write {str(target)!r:.200}: {error}") from error
     if room > (free := shutil.disk_usage(place).free):
         raise DiskFull(
             f"cannot write {target}: it takes {room / 2**20:,.1f} MiB, and {place} has {free / 2**20:,.1f} MiB free\n"
             "make room there, or give a folder on a larger disk"
         )
-    partial = target.with_name(f".{target.name}.partial")
+    partial: Path | None = None
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
         with full_disk_named(target.parent):
-            partial.mkdir(parents=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent))
+            partial.chmod(0o777 & ~_umask())
             yield partial
             sync_tree(partial)
         os.replace(partial, target)
         sync(target.parent)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error}") from error
+        raise UserError(f"cannot write {str(target)!r:.200}: {error}") from error
     finally:
-        if partial.exists():
+        if partial is not None and partial.exists():
             shutil.rmtree(partial)
+
+
+def _umask() -> int:
+    """What permissions new files do not get; mkdtemp gives a folder to its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _digest(path: Path) -> str:

@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from distill.config import RunConfig
-from distill.data.sources import EMBEDDED
+from distill.data.sources import EMBEDDED, is_hub
 from distill.errors import UserError, nearest
 from distill.hub.facts import Facts, facts_of, license_of, named
 from distill.hub.package import package
@@ -85,9 +87,16 @@ def pick(run: Run, name: str | None) -> Path:
     raise UserError(f"no distilled stage '{name}'{nearest(name, there)} in {run.path}; it has {', '.join(there)}")
 
 
+def teacher_named(teacher: str) -> str:
+    """How the card calls the teacher: a hub name only where the hub's cache holds it, for seen from another folder
+    than the run's, ``models/my-llama`` may be a folder that is not here."""
+    cached = not is_hub(teacher) or isinstance(try_to_load_from_cache(teacher, "config.json"), str)
+    return named(teacher) if cached else Path(teacher).name
+
+
 def told_by_run(facts: Facts, run: Run, config: RunConfig, checkpoint: Path) -> Facts:
     """``facts`` with what the run's records say of that checkpoint."""
-    facts = replace(facts, teacher=named(config.teacher), license=license_of(config.teacher))
+    facts = replace(facts, teacher=teacher_named(config.teacher), license=license_of(config.teacher))
     facts = replace(facts, trainings=trainings(facts, run, config))
     model = next((each for each in run.models if place(run, each) == checkpoint.resolve()), None)
     if model is None:  # the weights of a step that was kept, or before a merge

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from distill import storage
-from distill.storage import DiskFull, checksums, damage, full_disk_named, new_folder, no_room, sync_tree
+from distill.errors import UserError
+from distill.storage import DiskFull, checksums, damage, fresh_folder, full_disk_named, new_folder, no_room, sync_tree
 
 
 def fill(folder: Path) -> None:
@@ -140,3 +141,19 @@ def test_sync_tree_takes_empty_folders_too(tmp_path: Path) -> None:
     fill(tmp_path / "a")
     (tmp_path / "a" / "empty").mkdir()
     sync_tree(tmp_path / "a")
+
+
+def test_a_fresh_folder_touches_nothing_of_the_users(tmp_path: Path) -> None:
+    precious = tmp_path / ".mine.partial" / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    with fresh_folder(tmp_path / "mine") as one, fresh_folder(tmp_path / "other") as other:
+        assert one != other and one.parent == tmp_path
+        (one / "a").touch()
+        (other / "b").touch()
+    assert precious.is_file() and (tmp_path / "mine" / "a").is_file() and (tmp_path / "other" / "b").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.partial", "mine", "other"]
+    assert oct((tmp_path / "mine").stat().st_mode) == oct(precious.parent.stat().st_mode)
+    for name in ("x" * 300, "nul\0"):
+        with pytest.raises(UserError, match="cannot write"), fresh_folder(tmp_path / name):
+            pass

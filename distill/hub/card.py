@@ -213,7 +213,9 @@ def limits(facts: Facts) -> str:
     found = [
         "A mixer's state has a fixed size: what has to be recalled over long distances is where a hybrid loses first, "
         "and log-likelihood tasks hide what generation shows. Measure on the task that it is meant for.",
-        "It learned from its teacher, on the data named above, and has the teacher's faults and biases.",
+        "It learned from its teacher, on the data named above, and has the teacher's faults and biases."
+        if facts.lineage
+        else "Nothing records that it was trained since mixers were replaced; it has the teacher's faults and biases.",
     ]
     if lengths:
         longest = f"Trained on rows of at most {max(lengths):,} tokens"
