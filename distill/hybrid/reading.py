@@ -89,7 +89,9 @@ class Reader:
                 added["document_starts"] = padding.starts
             wanted = kwargs.get("use_cache")
             wanted = module.config.use_cache if wanted is None else wanted
-            if padding.behind and (cache is not None or wanted) and not module.training:
+            if padding.behind and cache is None and module.training and not kwargs.get("use_cache"):
+                added["use_cache"] = False  # a training step asks for none, and its states would have read padding
+            elif padding.behind and (cache is not None or wanted):
                 added["order"] = padding.order
                 if cache is None:  # made here, so that what it went through can be noted
                     cache = added["past_key_values"] = DynamicCache(config=module.config)

@@ -72,6 +72,25 @@ def test_padding_behind_a_text_without_a_cache_of_ones_own(hybrid: Any) -> None:
         torch.testing.assert_close(after[row], hybrid(text, use_cache=False).logits[0, -2:], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("asked", ["nothing", "use_cache", "cache"])
+def test_padding_behind_a_text_in_training_mode(hybrid: Any, asked: str) -> None:
+    """A cache that is asked for knows of the padding as in evaluation; one that nobody asked for is not made."""
+    hybrid.train()
+    ids, mask = ragged("right")
+    cache = {"cache": {"past_key_values": DynamicCache(config=hybrid.config)}, "use_cache": {"use_cache": True}}
+    first = hybrid(ids, attention_mask=mask, **cache.get(asked, {}))
+    if asked == "nothing":
+        assert first.past_key_values is None
+        return
+    every = torch.cat([mask, mask.new_ones(4, 1)], 1)
+    given = {"attention_mask": every, "position_ids": positions(every)[:, -1:]}
+    after = hybrid(tokens(4, 1, seed=1), past_key_values=first.past_key_values, **given).logits
+    for row, length in enumerate(LENGTHS):
+        text = torch.cat([ids[row, :length], tokens(4, 1, seed=1)[row]])[None]
+        torch.testing.assert_close(after[row, -1], hybrid(text, use_cache=False).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_gradients_do_not_see_the_padding(hybrid_family: Any) -> None:
     ids, mask, gradients = tokens(2, 6), torch.ones(2, 6, dtype=torch.long), []
     pad = torch.nn.functional.pad
