@@ -42,7 +42,7 @@ def scan(
     def chunks(tensor: Tensor, *trailing: int) -> Tensor:
         """``[B, T, ...]`` to ``[B, K, ..., Q, last]``, zeros after the last token."""
         tensor = pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, short)) if short else tensor
-        return tensor.reshape(batch, -1, chunk, *trailing).movedim(2, -2)
+        return tensor.reshape(batch, tensor.shape[1] // chunk, chunk, *trailing).movedim(2, -2)
 
     step = dt.to(dtype)
     u = chunks(x.to(dtype) * step[..., None], groups, per_group, width)  # [B, K, G, H/G, Q, P]
@@ -77,7 +77,7 @@ def scan(
         state = keep * state + new
     carried = c[:, :, :, None] @ torch.stack(before, 1).mT  # [B, K, G, H/G, Q, P]
     y = y + carried * from_start[..., None]
-    y = y.movedim(-2, 2).reshape(batch, -1, heads, width)[:, :length] + skip
+    y = y.movedim(-2, 2).reshape(batch, length + short, heads, width)[:, :length] + skip
     return y.to(out_dtype), state.flatten(1, 2).detach()
 
 

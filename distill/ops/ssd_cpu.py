@@ -230,7 +230,7 @@ class _Scan(torch.autograd.Function):
         inputs = (*arrays, marks, checkpoints.numpy(), array(dy, dtype))
         spread(_backward, batch * heads, x.numel() * states, *inputs, *outputs, CHECKPOINT_EVERY)
         if groups != heads:
-            dB, dC = (grad.reshape(batch, length, groups, -1, states).sum(axis=3) for grad in (dB, dC))
+            dB, dC = (grad.reshape(batch, length, groups, heads // groups, states).sum(axis=3) for grad in (dB, dC))
         # numpy adds the batch rows one after the other, whatever the thread count.
         dA, dD = sums.sum(axis=0).T
         grads = (dx, ddt, dA, dB, dC, dD, None, dstate)

@@ -245,3 +245,13 @@ def test_an_update_of_a_wrong_shape_leaves_the_state(change: dict[str, Tensor]) 
     with pytest.raises(ValueError, match="contiguous float32"):
         ssd_update(state.half(), x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
     assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_an_empty_batch(kernel: str, groups: int) -> None:
+    leaves = [o.float().requires_grad_() for o in operands(0, 70, 4, 8, groups, 8)]
+    y, state = ssd(*leaves[:6], reset=starts(0, 70), initial_state=leaves[6], kernel=kernel)
+    y.sum().backward()
+    assert y.shape == (0, 70, 4, 8) and state.shape == (0, 4, 8, 8)
+    assert leaves[2].grad is not None and not leaves[2].grad.any()
