@@ -69,7 +69,8 @@ def open_run(
     check_teacher(model)
     stages = stages_of(config, model)
     attention = [ATTENTION] * model.num_hidden_layers
-    for block in (0, *config.mixer.blocks):  # the mixers' options fit the teacher's shape
+    named = [block for block in range(len(attention)) if block not in config.mixer.blocks][:1]  # of mixer.name
+    for block in (*named, *config.mixer.blocks):  # the mixers' options fit the teacher's shape
         hybrid_config(model, replace(attention, [block], config.mixer.of), config.mixer)
     if write:
         check_device(config)

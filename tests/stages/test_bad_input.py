@@ -119,6 +119,7 @@ CONFIG_VALUES = [
     ([*RUN, "mixer.init=mli"], "did you mean 'mil'"),
     ([*RUN, "mixer.mil_layout=alined"], "did you mean 'aligned'"),
     ([*RUN, "mixer.d_state=24"], "must divide head_dim=32"),
+    ([*RUN, "mixer.d_state=24", "mixer.blocks={0: mamba2}"], "must divide head_dim=32"),
     ([*RUN, "mixer.d_state=0"], "mixer.d_state=0 must be above 0"),
     ([*RUN, "score.first=lo"], "did you mean 'loo'"),
     ([*RUN, "score.mmr.trainable=some"], "allowed: all, mixer"),
