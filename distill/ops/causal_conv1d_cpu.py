@@ -168,7 +168,7 @@ def _arrays(x: Tensor, weight: Tensor, bias: Tensor, reset: Tensor | None, initi
     """The state and x ``[B, K-1+T, D]``, taps ``[K, D]``, bias ``[D]`` and reset, as the kernels take them."""
     batch, steps, channels = x.shape
     before, dtype = weight.shape[1] - 1, _dtype(x, weight)
-    padded = torch.empty(batch, before + steps, channels, dtype=dtype)
+    padded = torch.empty(batch, before + steps, channels, dtype=dtype, device="cpu")
     # The state in x's precision, as it would have come in with x.
     padded[:, :before] = 0 if initial_state is None else initial_state.detach().to(x.dtype).transpose(1, 2)
     padded[:, before:] = x.detach()
@@ -181,10 +181,10 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor]:
     inputs = _arrays(x, weight, bias, reset, initial_state)
     padded, before = inputs[0], weight.shape[1] - 1
-    y = torch.empty(x.shape, dtype=_dtype(x, weight))
+    y = torch.empty(x.shape, dtype=_dtype(x, weight), device="cpu")
     ages = np.empty(x.shape[0], np.int64)
     spread(_forward, _tasks(x), x.numel() * weight.shape[1], *inputs, y.numpy(), ages)
-    behind = torch.arange(before - 1, -1, -1)  # tokens behind the last one, the oldest first
+    behind = torch.arange(before - 1, -1, -1, device="cpu")  # tokens behind the last one, the oldest first
     final = torch.from_numpy(padded[:, padded.shape[1] - before :]).transpose(1, 2)
     final = final.masked_fill((behind > torch.from_numpy(ages)[:, None])[:, None], 0)
     return y.to(x.dtype), final.to(x.dtype)

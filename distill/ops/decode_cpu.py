@@ -77,7 +77,7 @@ def _mamba1(first, last, projected, dt, taps, bias, A_log, D, source, conv_state
 @functools.cache
 def _sources(heads: int, kv_heads: int, chunks: int, faithful: bool) -> Any:
     """The key/value-sized chunk that each of ``heads * chunks`` groups reads (``Mixer._expand`` as a table)."""
-    table = torch.arange(kv_heads * chunks)
+    table = torch.arange(kv_heads * chunks, device="cpu")
     repeat = heads // kv_heads
     if faithful:
         return table.repeat_interleave(repeat).numpy()
@@ -108,7 +108,7 @@ def mamba1(
     batch, inner, states = state.shape
     source = _sources(*heads, inner // heads[0] // states, faithful)
     arrays = [array(t, torch.float32) for t in (projected, dt, taps, bias, A_log, D)]
-    y = torch.empty(batch, inner)
+    y = torch.empty(batch, inner, dtype=torch.float32, device="cpu")  # whatever the defaults are
     views = (conv_state.numpy(), state.numpy(), y.numpy())
     spread(
         _mamba1, inner // states, state.numel(), *arrays, source, *views, width_of(states), width_of(taps.shape[1] - 1)
@@ -174,7 +174,7 @@ def mamba2(
     """
     batch, heads, width, _ = state.shape
     arrays = [array(t, torch.float32) for t in (projected, taps, bias, dt_bias, A_log, D, weight)]
-    y = torch.empty(batch, heads * width)
+    y = torch.empty(batch, heads * width, dtype=torch.float32, device="cpu")
     views = (conv_state.numpy(), state.numpy(), y.numpy(), width_of(width), width_of(taps.shape[1] - 1))
     spread(_mamba2, heads, state.numel(), *arrays, np.float32(eps), *views)
     return y

@@ -254,12 +254,12 @@ def _run_forward(
     dtype = compute_dtype(x, dt, A, B, C, D)
     batch, steps, channels = x.shape
     states = A.shape[1]
-    y = torch.empty(x.shape, dtype=dtype)
-    state = torch.zeros(batch, channels, states, dtype=dtype)
+    y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    state = torch.zeros(batch, channels, states, dtype=dtype, device="cpu")
     if initial_state is not None:
         state.copy_(initial_state.detach())
     chunks = -(-steps // CHECKPOINT_EVERY) if keep else 0
-    checkpoints = torch.empty(batch, chunks, channels, states, dtype=dtype)
+    checkpoints = torch.empty(batch, chunks, channels, states, dtype=dtype, device="cpu")
     arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]

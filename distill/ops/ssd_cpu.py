@@ -256,12 +256,12 @@ def _run_forward(
     dtype = compute_dtype(x, dt, A, B, C, D)
     batch, length, heads, width = x.shape
     states = B.shape[3]
-    y = torch.empty(x.shape, dtype=dtype)
-    state = torch.zeros(batch, heads, width, states, dtype=dtype)
+    y = torch.empty(x.shape, dtype=dtype, device="cpu")
+    state = torch.zeros(batch, heads, width, states, dtype=dtype, device="cpu")
     if initial_state is not None:
         state.copy_(initial_state.detach())
     chunks = -(-length // CHECKPOINT_EVERY) if keep else 0
-    checkpoints = torch.empty(batch, chunks, heads, width, states, dtype=dtype)
+    checkpoints = torch.empty(batch, chunks, heads, width, states, dtype=dtype, device="cpu")
     arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]

@@ -94,6 +94,29 @@ def test_half_types_and_double_go_through_the_operators(name: str, monkeypatch: 
         torch.testing.assert_close(torch.cat(parts, 1), mixer(tokens)[0], rtol=tolerance, atol=tolerance)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", available())
+def test_the_defaults_of_the_process_change_nothing(name: str) -> None:
+    """A float32 model on CPU in a process whose default is another dtype or device."""
+    mixer, tokens, found = make(name, 4, 2, 32), torch.randn(2, 4, 48), []
+    for dtype, device in (
+        (torch.float32, "cpu"),
+        (torch.bfloat16, "cpu"),
+        (torch.float64, "cpu"),
+        (torch.float32, "meta"),
+    ):
+        cache = Cache(layers=[LinearAttentionLayer()])
+        decode_cpu._sources.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                parts = [mixer(part, past_key_values=cache)[0] for part in tokens.split([3, 1], dim=1)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(torch.cat(parts, 1))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
 @pytest.mark.parametrize("name", available())
 def test_a_single_token_with_gradients_keeps_them(name: str) -> None:
     mixer, cache = make(name, 4, 2, 32), Cache(layers=[LinearAttentionLayer()])
