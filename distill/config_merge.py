@@ -75,6 +75,20 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     raise UserError(f"{path}: {PAIRS}, found {found}")
 
 
+def _number_blocks(layer: Any, where: str) -> Any:
+    """The layer with the keys of ``mixer.blocks`` as numbers, which a dotted key is not: ``mixer.blocks.8=mamba2``."""
+    mixer = layer.get("mixer") if isinstance(layer, dict) else None
+    blocks = mixer.get("blocks") if isinstance(mixer, dict) else None
+    if not isinstance(blocks, dict):
+        return layer
+    for block in blocks:
+        if isinstance(block, bool) or not str(block).isdigit():
+            raise UserError(
+                f"{where}: mixer.blocks: {brief(str(block))} is no block; expected {{8: mamba2, 9: mamba2}}"
+            )
+    return {**layer, "mixer": {**mixer, "blocks": {int(block): name for block, name in blocks.items()}}}
+
+
 def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], overrides: Sequence[str] = ()) -> Config:
     """Merge mappings (each with the name of where it came from), then overrides, over the defaults.
 
@@ -93,7 +107,7 @@ def merge_config(kind: type[Config], layers: Sequence[tuple[str, Any]], override
             ) from error
         named.append((f"'{brief(text, 120)}'", text.split("=")[0], layer))
     for where, key, layer in named:
-        layer = _fill_list(merged, layer, key)
+        layer = _number_blocks(_fill_list(merged, layer, key), where)
         _check_keys(kind, layer, where)
         try:
             for path in _mappings(kind, layer):

@@ -18,6 +18,9 @@ from distill.ops.compiled import untraced
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
+PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Other ways of saying where documents of a row begin, which attention kernels read."""
+
 
 class Read(NamedTuple):
     """What a cache went through, kept on it as ``hybrid_read``, so that decoding steps need not look again."""
@@ -82,6 +85,11 @@ class Reader:
         ready = mask is None and kwargs.get("attention_mask") is not None
         read, past = self.looked_at(cache, batch)
         check_shapes(positions, mask, (batch, length), past)
+        if positions is None and (packing := [key for key in PACKING if kwargs.get(key) is not None]):
+            raise ValueError(
+                f"{packing[0]} tells where packed documents begin, but states begin anew by position_ids alone: give "
+                "position_ids that begin at 0 in every document"
+            )
         added: dict[str, Any] = {"document_starts": None}
         padding = None if mask is None else read_padding(mask, length, read.held)
         if padding is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.ops.compiled import untraced, update_operator
-from distill.ops.kernels import kernel_of
+from distill.ops.kernels import check_floating, kernel_of
 
 KERNELS = ("cpu", "mamba_ssm", "reference")
 
@@ -49,6 +49,7 @@ def causal_conv1d(
         ValueError: a wrong shape, dtype or kernel, before any work.
     """
     chosen = kernel_of("causal_conv1d", KERNELS, kernel, x.device.type)
+    check_floating(x=x, weight=weight, bias=bias)
     if x.ndim != 3 or weight.ndim != 2:
         given = f"{list(x.shape)} and {list(weight.shape)}"
         raise ValueError(f"x must be [B, T, D] and weight [D, K], got {given}")

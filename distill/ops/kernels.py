@@ -101,6 +101,13 @@ def kernel_of(operator: str, kernels: tuple[str, ...], asked: str, device: str) 
     raise ValueError(f"no kernel of {_words(operator)} runs on device '{device}'; there are {', '.join(kernels)}")
 
 
+def check_floating(**operands: Tensor) -> None:
+    """Raise ValueError for an operand of whole numbers, truth values or complex numbers."""
+    for name, operand in operands.items():
+        if not operand.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point type, got {operand.dtype}")
+
+
 def _installed(package: str) -> bool:
     return not package or importlib.util.find_spec(package) is not None
 

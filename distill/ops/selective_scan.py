@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.ops.compiled import untraced, update_operator
-from distill.ops.kernels import kernel_of
+from distill.ops.kernels import check_floating, kernel_of
 
 KERNELS = ("cpu", "mamba_ssm", "reference")
 
@@ -118,6 +118,7 @@ def _check_scan(
     reset: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
+    check_floating(x=x, dt=dt, A=A, B=B, C=C, D=D)
     if x.ndim != 3 or A.ndim != 2 or B.ndim != 4:
         got = f"{_dims(x)}, {_dims(A)} and {_dims(B)}"
         raise ValueError(f"x must be [B, T, D], A [D, N] and B [B, T, G, N], got {got}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.ops.compiled import untraced, update_operator
-from distill.ops.kernels import kernel_of
+from distill.ops.kernels import check_floating, kernel_of
 
 KERNELS = ("cpu", "mamba_ssm", "fla", "chunked", "reference")
 
@@ -100,6 +100,7 @@ def _check(
     reset: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
+    check_floating(x=x, dt=dt, A=A, B=B, C=C, D=D)
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(f"x must be [B, T, H, P] and B [B, T, G, N], got {list(x.shape)} and {list(B.shape)}")
     batch, length, heads, width = x.shape

@@ -9,6 +9,10 @@ attention; between chunks only the states at their ends are carried on.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,8 +20,24 @@ from torch.nn.functional import pad
 from distill.ops.selective_scan_reference import compute_dtype
 
 CHUNK = 64
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def full_precision(function: Function) -> Function:
+    """Decorate what computes in the dtype of its operands, also where autocast would take products in a half type."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = next(each for each in args if isinstance(each, Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@full_precision
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -81,6 +101,7 @@ def scan(
     return y.to(out_dtype), state.flatten(1, 2).detach()
 
 
+@full_precision
 @torch.no_grad()
 def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """`distill.ops.ssd.ssd_update`; shapes as there."""

@@ -226,3 +226,10 @@ def test_a_decoding_step_looks_at_no_tensor(hybrid: Any, masked: bool, monkeypat
     given |= {"attention_mask": every} if masked else {}
     _, added = reader(hybrid.model, (), given)
     assert added["document_starts"] is None and not looks
+
+
+@pytest.mark.parametrize("key", ["seq_idx", "cu_seq_lens_q"])
+def test_documents_are_told_by_positions_alone(hybrid: Any, key: str) -> None:
+    ids = torch.randint(5, 50, (1, 8))
+    with pytest.raises(ValueError, match=f"{key} tells where packed documents begin.*position_ids"):
+        hybrid(ids, use_cache=False, **{key: torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])})

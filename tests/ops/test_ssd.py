@@ -117,6 +117,15 @@ def test_bf16_inputs_are_computed_in_float32() -> None:
     assert torch.equal(y, wide.bfloat16())
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "chunked", "reference"])
+def test_autocast_does_not_reach_the_scan(kernel: str) -> None:
+    tensors = [tensor.float() for tensor in operands(1, 70, 2, 8, 2, 8)]
+    want = gradients(ssd, tensors, None, kernel=kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(ssd, tensors, None, kernel=kernel)
+    assert torch.equal(got["y"], want["y"]) and torch.equal(got["state"], want["state"])
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cut", [1, 20, 32, 64, 99])
 def test_one_document_does_not_change_a_bit_of_the_next(cut: int, kernel: str) -> None:
@@ -202,6 +211,7 @@ def test_long_documents_keep_the_gradients_of_parameters() -> None:
         ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset must have shape \[2, 5\]"),
         ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state must have shape \[2, 4, 8, 8\]"),
         ({"x": torch.zeros(2, 0, 4, 8)}, "at least one token"),
+        ({"x": torch.zeros(2, 5, 4, 8, dtype=torch.long)}, "x must be of a floating-point type, got torch.int64"),
         ({"kernel": "chunk"}, "unknown kernel 'chunk' .did you mean 'chunked'"),
     ],
 )
