@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 def _number_blocks(layer: Any, where: str) -> Any:
     """The layer with the keys of ``mixer.blocks`` as numbers, which a dotted key is not: ``mixer.blocks.8=mamba2``."""
-    mixer = layer.get("mixer") if isinstance(layer, dict) else None
+    mixer: Any = layer.get("mixer") if isinstance(layer, dict) else None
     blocks = mixer.get("blocks") if isinstance(mixer, dict) else None
     if not isinstance(blocks, dict):
         return layer
