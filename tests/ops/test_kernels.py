@@ -157,3 +157,17 @@ def test_a_whole_model_runs_on_either_package(device: str, llama: Any, asked: st
         torch.testing.assert_close(
             got, want, rtol=2e-3, atol=2e-4 if device == "cpu" else 5e-3 * float(want.abs().max())
         )
+
+
+@pytest.mark.parametrize(("asked", "mixer"), [("mamba_ssm", "mamba1"), ("mamba_ssm", "mamba2"), ("fla", "mamba2")])
+def test_a_step_looks_once_for_where_documents_begin(
+    device: str, llama: Any, asked: str, mixer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hybridize(llama, [mixer, mixer, mixer, "attention"], MixerConfig(), seed=0).to(device)
+    set_kernels(model, asked)
+    rows = torch.randint(5, 40, (2, 20)).to(device)
+    places = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1).to(device)
+    fetch, fetched = torch.Tensor.cpu, []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (fetched.append(self.shape), fetch(self))[1])
+    model(rows, position_ids=places).logits.sum().backward()
+    assert fetched.count((2, 20)) == 1
