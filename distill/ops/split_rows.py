@@ -63,12 +63,13 @@ def remembered(make: Callable[[Tensor], V]) -> Callable[[Tensor], V]:
 
     @functools.wraps(make)
     def recall(reset: Tensor) -> V:
-        if reset.is_inference():  # it does not count how often it was written to
-            return make(reset)
-        version, made = known.get(reset, (None, None))
-        if version != reset._version:
-            version, made = known[reset] = (reset._version, make(reset))
-        return made
+        with torch.device("cpu"):  # whatever a caller's default is: plans are made there
+            if reset.is_inference():  # it does not count how often it was written to
+                return make(reset)
+            version, made = known.get(reset, (None, None))
+            if version != reset._version:
+                version, made = known[reset] = (reset._version, make(reset))
+            return made
 
     return recall
 

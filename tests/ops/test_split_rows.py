@@ -113,6 +113,8 @@ def test_layers_that_are_given_the_same_starts_share_a_plan() -> None:
     del reset
     gc.collect()
     assert held[0]() is held[1]() is None, "neither the starts nor their plan outlive the step"
+    with torch.device("meta"):
+        assert split(LAYOUTS[3].clone()).sizes == split(LAYOUTS[3]).sizes
     with torch.inference_mode():
         reset = random_starts(2, 20, 0.3)
         before = split(reset).sizes
