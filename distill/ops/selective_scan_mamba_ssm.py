@@ -1,14 +1,9 @@
 """The selective scan and its step by mamba-ssm's CUDA kernels (Mamba, arXiv:2312.00752; written against 2.3.2.post1).
 
-``selective_scan_fn`` knows neither documents nor a state to start from, so both are written into its inputs. That
-costs a few tokens, where a launch for each document would also have to read their lengths back from the GPU:
-
-- A document starts where the decay is 0: there the step is so large a number L that exp(L A) is 0, and the input is
-  dt x / L, whose product with the step is the true inflow. L is a power of two: dividing by it loses nothing. The
-  skip D x is then added outside. Nothing finite passes a start, forward or backward, by a single bit; an infinite or
-  NaN state would (0 * inf), unlike in the kernels on CPU.
-- A state h comes in on N tokens put before the first: token n has B = e_n, a step EPSILON so small that nothing
-  decays, and the input h[:, n] / EPSILON. Their outputs are cut off.
+``selective_scan_fn`` knows neither documents nor a state to start from. Documents go in as rows of their own (see
+`distill.ops.split_rows`). A state h comes in on N tokens put before the first: token n has B = e_n, a step EPSILON so
+small that nothing decays, and the input h[:, n] / EPSILON. Their outputs are cut off. EPSILON is a power of two:
+dividing by it loses nothing.
 
 The kernel wants ``[B, D, T]`` with neighbouring tokens side by side. A ``[B, T, D]`` view of such memory is taken as
 it is; any other is copied by the package.
@@ -18,16 +13,18 @@ it is; any other is copied by the package.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 from torch.nn.functional import pad
 
 from distill.ops import selective_scan_reference as reference
+from distill.ops.split_rows import by_document
 from distill.ops.ssd_mamba_ssm import update_heads
 
 EPSILON = 2.0**-40  # exp(EPSILON A) is 1 for any A above -2^15, and h / EPSILON stays far from overflow
-DEAD = 128.0  # exp(-DEAD) is 0 in float32, subnormal numbers included
 MOST_STATES = 256  # of selective_scan_fn
 
 
@@ -48,18 +45,16 @@ def scan(
     """
     if A.shape[1] > MOST_STATES or reference.compute_dtype(x, dt, A, B, C, D) == torch.float64:
         return reference.scan(x, dt, A, B, C, D, reset, initial_state)
-    out_dtype, states = x.dtype, A.shape[1]
-    dtype = reference.widest(x, dt, B, C)
-    if initial_state is not None or (reset is not None and dtype == torch.float16):  # L and dt / L need the exponents
-        dtype = torch.float32
-    x, dt, B, C = (tensor.to(dtype) for tensor in (x, dt, B, C))
-    A, D = A.float(), D.float()
-    u = x
-    if reset is not None:
-        last = torch.exp2(torch.ceil(torch.log2(DEAD / A.detach().abs().amin(1)))).to(dtype)  # L, [D]
-        starts = reset[..., None]
-        u = torch.where(starts, (dt * x) / last, x)
-        dt = torch.where(starts, last, dt)
+    return by_document(partial(_scan, A.float(), D.float()), (x, dt, B, C), reset, initial_state)
+
+
+def _scan(
+    A: Tensor, D: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`scan` of rows without documents."""
+    states = A.shape[1]
+    dtype = reference.widest(x, dt, B, C) if initial_state is None else torch.float32
+    u, dt, B, C = (tensor.to(dtype) for tensor in (x, dt, B, C))
     if initial_state is not None:
         u = torch.cat([initial_state.to(dtype).transpose(1, 2) / EPSILON, u], dim=1)
         unit = torch.eye(states, dtype=dtype, device=x.device)[None, :, None].expand(len(x), -1, B.shape[2], -1)
@@ -71,15 +66,13 @@ def scan(
         A,
         B.permute(0, 2, 3, 1),
         C.permute(0, 2, 3, 1),
-        None if reset is not None or initial_state is not None else D,
+        D if initial_state is None else None,
         return_last_state=True,
     )
     y = y.transpose(1, 2)
     if initial_state is not None:
-        y = y[:, states:]
-    if reset is not None or initial_state is not None:
-        y = y + D * x
-    return y.to(out_dtype), last_state.detach()
+        y = y[:, states:] + D * x
+    return y.to(x.dtype), last_state.detach()
 
 
 @torch.no_grad()

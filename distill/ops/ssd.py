@@ -33,8 +33,7 @@ def ssd(
     """Scan ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`` and read ``y_t = h_t C_t + D x_t``, head by head.
 
     Differentiable in every floating-point argument. Half types are computed in float32; float64, if any operand has
-    it, in float64. A document's outputs and gradients do not depend on the documents before it by a single bit (with
-    ``mamba_ssm``, see there, by the last bits).
+    it, in float64. A document's outputs and gradients do not depend on the others of its row by a single bit.
 
     Args:
         x: inputs ``[B, T, H, P]``.

@@ -1,7 +1,8 @@
 """State space duality in chunks of matrix products, in plain PyTorch: any device, differentiable by autograd.
 
 Source: Mamba-2 (arXiv:2405.21060, section 6, listing 1): within a chunk the scan is a masked, decaying form of
-attention; between chunks only the states at their ends are carried on.
+attention; between chunks only the states at their ends are carried on. Documents go in as rows of their own: a mask of
+products would let inf and NaN pass from one to another (see `distill.ops.split_rows`).
 
     B = batch, T = tokens, H = heads, P = channels a head, N = states a channel, G = groups of B and C,
     K = chunks, Q = tokens a chunk
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distill.ops.selective_scan_reference import compute_dtype
+from distill.ops.split_rows import by_document
 
 CHUNK = 64
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,7 +54,23 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """`distill.ops.ssd.ssd` on tensors that have been checked; shapes as there. ``chunk``, the tokens a chunk, changes
     the last bits only."""
-    dtype, out_dtype = compute_dtype(x, dt, A, B, C, D), x.dtype
+    dtype = compute_dtype(x, dt, A, B, C, D)
+    y, state = by_document(partial(_scan, A, D, dtype, chunk), (x, dt, B, C), reset, initial_state)
+    return y.to(x.dtype), state
+
+
+def _scan(
+    A: Tensor,
+    D: Tensor,
+    dtype: torch.dtype,
+    chunk: int,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`scan` of rows without documents; y in ``dtype``."""
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
     per_group = heads // groups
@@ -69,23 +88,12 @@ def scan(
     b, c = chunks(B.to(dtype), groups, states), chunks(C.to(dtype), groups, states)  # [B, K, G, Q, N]
     # Sums of dt A in float64: differences of float32 sums would lose what a small step adds to a large sum.
     log = chunks(step.double() * A.double(), heads).movedim(-1, -2).unflatten(2, (groups, per_group))
-    document = None if reset is None else chunks(reset[..., None].long(), 1)[..., 0].cumsum(-1)  # [B, K, Q]
-
+    total = log.cumsum(-1)  # [B, K, G, H/G, Q]
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    if document is not None:  # only tokens of one's own document
-        seen = seen & (document[..., :, None] == document[..., None, :])
-        seen = seen[:, :, None, None]  # [B, K, 1, 1, Q, Q]
-    # Summed from the start of each document: a sum across documents would let one change the last bits of the next.
-    total = log.cumsum(-1) if document is None else (seen.double() @ log[..., None])[..., 0]  # [B, K, G, H/G, Q]
     within = (total[..., :, None] - total[..., None, :]).masked_fill(~seen, -torch.inf).to(dtype).exp()
     y = ((c @ b.mT)[:, :, :, None] * within) @ u  # [B, K, G, H/G, Q, P]
 
-    to_end, from_start = total[..., -1:] - total, total
-    if document is not None:
-        other = document[..., None, None, :]
-        to_end = to_end.masked_fill(other != other[..., -1:], -torch.inf)
-        from_start = from_start.masked_fill(other != 0, -torch.inf)
-    to_end, from_start = to_end.to(dtype).exp(), from_start.to(dtype).exp()  # [B, K, G, H/G, Q]
+    to_end, from_start = (total[..., -1:] - total).to(dtype).exp(), total.to(dtype).exp()  # [B, K, G, H/G, Q]
     added = (u * to_end[..., None]).mT @ b[:, :, :, None]  # [B, K, G, H/G, P, N]
     kept = from_start[..., -1, None, None]  # [B, K, G, H/G, 1, 1]
     state = x.new_zeros(batch, groups, per_group, width, states, dtype=dtype)
@@ -98,7 +106,7 @@ def scan(
     carried = c[:, :, :, None] @ torch.stack(before, 1).mT  # [B, K, G, H/G, Q, P]
     y = y + carried * from_start[..., None]
     y = y.movedim(-2, 2).reshape(batch, length + short, heads, width)[:, :length] + skip
-    return y.to(out_dtype), state.flatten(1, 2).detach()
+    return y, state.flatten(1, 2).detach()
 
 
 @full_precision

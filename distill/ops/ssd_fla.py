@@ -3,7 +3,7 @@
 Its simple GLA is the same recurrence in the words of attention: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = q_t S_t with
 q = C, k = B, v = dt x, g = dt A and scale 1; the skip D x is added here. Documents are sequences of their own
 (``cu_seqlens``), whose chunks hold no other's tokens: nothing of one reaches another. Where documents begin has to be
-known on the CPU, so a call with ``reset`` waits for the GPU once.
+known on the CPU: a wait for the GPU, once for a ``reset`` that many layers are given.
 
     B = batch, T = tokens, H = heads, P = channels a head, N = states a channel, G = groups of B and C
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.ops import ssd_chunked as chunked
 from distill.ops.selective_scan_reference import compute_dtype, widest
+from distill.ops.split_rows import documents
 
 
 def scan(
@@ -44,20 +45,20 @@ def scan(
             q, k, v, g, scale=1.0, initial_state=state, output_final_state=True, state_v_first=True
         )
     else:
-        edges, first, last = documents(reset)
+        rows = documents(reset)
         if state is not None:
             kept = state.masked_fill(reset[:, 0, None, None, None], 0)
-            state = state.new_zeros(len(edges) - 1, *state.shape[1:]).index_copy(0, first.to(x.device), kept)
+            state = state.new_zeros(len(rows.edges) - 1, *state.shape[1:]).index_copy(0, rows.first.to(x.device), kept)
         o, final = chunk_simple_gla(
             *(tensor.flatten(0, 1)[None] for tensor in (q, k, v, g)),
             scale=1.0,
             initial_state=state,
             output_final_state=True,
             state_v_first=True,
-            cu_seqlens=edges.to(x.device),
-            cu_seqlens_cpu=edges,
+            cu_seqlens=rows.edges.to(x.device),
+            cu_seqlens_cpu=rows.edges,
         )
-        o, final = o[0].unflatten(0, x.shape[:2]), final[last.to(x.device)]
+        o, final = o[0].unflatten(0, x.shape[:2]), final[rows.last.to(x.device)]
     return (o + D[:, None] * x).to(x.dtype), final.detach()
 
 
@@ -78,13 +79,3 @@ def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 def spread(groups: Tensor, heads: int) -> Tensor:
     """``[B, T, G, N]`` to ``[B, T, H, N]``: the kernels give every head its own q and k."""
     return groups if groups.shape[2] == heads else groups.repeat_interleave(heads // groups.shape[2], dim=2)
-
-
-def documents(reset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The documents of rows ``reset [B, T]`` laid end to end, as CPU tensors: their edges (one more than documents),
-    and which of them is the first and which the last of every row."""
-    starts = reset.cpu().clone()
-    starts[:, 0] = True
-    number = starts.flatten().cumsum(0).view_as(starts) - 1
-    edges = torch.cat([starts.flatten().nonzero()[:, 0], torch.tensor([starts.numel()])])
-    return edges, number[:, 0], number[:, -1]

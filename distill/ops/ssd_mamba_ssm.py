@@ -1,14 +1,14 @@
 """State space duality by mamba-ssm's Triton kernels (Mamba-2, arXiv:2405.21060; written against 2.3.2.post1).
 
-Documents are kept apart by ``seq_idx``, whose number 0 is what the initial state belongs to: a row that begins with a
-start begins with 1. The kernels add decays up along chunks of 256 tokens, whatever documents these hold, and leave
-other documents out by a product with 0: in the same chunk the last bits of one may depend on the one before it, and
-inf or NaN passes. `distill.ops.ssd_fla` has neither.
+Documents go in as rows of their own (see `distill.ops.split_rows`): the kernels know ``seq_idx``, but add decays up
+along a chunk whatever documents it holds, and leave others out by a product with 0, which inf and NaN pass.
 
     B = batch, T = tokens, H = heads, P = channels a head, N = states a channel, G = groups of B and C
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from distill.ops import ssd_chunked as chunked
 from distill.ops.selective_scan_reference import compute_dtype, widest
+from distill.ops.split_rows import by_document
 
-CHUNK = 256
+CHUNK, LEAST_CHUNK = 256, 16  # tokens; a chunk takes the memory of its square even where a row is shorter
 
 
 def scan(
@@ -38,17 +39,23 @@ def scan(
     """
     if compute_dtype(x, dt, A, B, C, D) == torch.float64:
         return chunked.scan(x, dt, A, B, C, D, reset, initial_state)
+    return by_document(partial(_scan, A.float(), D.float()), (x, dt, B, C), reset, initial_state)
+
+
+def _scan(
+    A: Tensor, D: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`scan` of rows without documents."""
     dtype = widest(x, B, C)
     y, state = mamba_chunk_scan_combined(
         x.to(dtype),
         dt.float(),
-        A.float(),
+        A,
         B.to(dtype),
         C.to(dtype),
-        CHUNK,
-        D=D.float(),
+        min(CHUNK, max(LEAST_CHUNK, 1 << (x.shape[1] - 1).bit_length())),
+        D=D,
         initial_states=None if initial_state is None else initial_state.float(),
-        seq_idx=None if reset is None else reset.cumsum(1, dtype=torch.int32),
         return_final_states=True,
     )
     return y.to(x.dtype), state.detach()

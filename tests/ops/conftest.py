@@ -126,29 +126,27 @@ def mamba_chunk_scan_combined(
     z: None = None,
     dt_bias: None = None,
     initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
+    seq_idx: None = None,
     cu_seqlens: None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
 ) -> Any:
-    assert z is dt_bias is cu_seqlens is None and not dt_softplus and not return_varlen_states, "not modelled"
+    assert z is dt_bias is seq_idx is cu_seqlens is None and not dt_softplus and not return_varlen_states, (
+        "not modelled"
+    )
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
     assert chunk_size & (chunk_size - 1) == 0 and heads % groups == 0 and x.dtype == B.dtype == C.dtype
     assert B.shape == C.shape == (batch, length, groups, states)
     assert dt.shape == (batch, length, heads) and A.shape == D.shape == (heads,)
     assert initial_states is None or initial_states.shape == (batch, heads, width, states)
-    assert seq_idx is None or (seq_idx.shape == (batch, length) and seq_idx.dtype == torch.int32)
     Bf, Cf = (tensor.float().repeat_interleave(heads // groups, dim=2) for tensor in (B, C))
-    numbers = torch.zeros(batch, length + 1, dtype=torch.int32, device=x.device)  # 0: what the initial state is of
-    if seq_idx is not None:
-        numbers[:, 1:] = seq_idx
     state = torch.zeros(batch, heads, width, states, device=x.device) if initial_states is None else initial_states
     out = []
     for t in range(length):
-        decay = torch.exp(dt[:, t].float() * A) * (numbers[:, t] == numbers[:, t + 1])[:, None]
+        decay = torch.exp(dt[:, t].float() * A)
         inflow = (dt[:, t].float()[..., None] * x[:, t].float())[..., None] * Bf[:, t, :, None]
         state = decay[..., None, None] * state + inflow
         out.append((state * Cf[:, t, :, None]).sum(-1) + D[:, None] * x[:, t].float())

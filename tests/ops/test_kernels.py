@@ -13,7 +13,7 @@ import torch
 from distill.config import MixerConfig
 from distill.hybrid.surgery import hybridize
 from distill.mixers import available, mixer_class, set_kernels
-from distill.ops import causal_conv1d, kernels, selective_scan, ssd
+from distill.ops import causal_conv1d, kernels, selective_scan, split_rows, ssd
 from distill.ops.kernels import check_kernel, kernel_of
 
 OPERATORS = {
@@ -157,3 +157,17 @@ def test_a_whole_model_runs_on_either_package(device: str, llama: Any, asked: st
         torch.testing.assert_close(
             got, want, rtol=2e-3, atol=2e-4 if device == "cpu" else 5e-3 * float(want.abs().max())
         )
+
+
+@pytest.mark.parametrize(("asked", "mixer"), [("mamba_ssm", "mamba1"), ("mamba_ssm", "mamba2"), ("fla", "mamba2")])
+def test_a_step_looks_once_for_where_documents_begin(
+    device: str, llama: Any, asked: str, mixer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hybridize(llama, [mixer, mixer, mixer, "attention"], MixerConfig(), seed=0).to(device)
+    set_kernels(model, asked)
+    rows = torch.randint(5, 40, (2, 20)).to(device)
+    places = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1).to(device)
+    make, made = split_rows.Documents, []
+    monkeypatch.setattr(split_rows, "Documents", lambda *found: made.append(make(*found)) or made[-1])
+    model(rows, position_ids=places).logits.sum().backward()
+    assert len(made) == 1 and made[0].edges.tolist() == [0, 7, 20, 27, 40]
