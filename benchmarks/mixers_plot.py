@@ -36,7 +36,7 @@ def draw(
         axes.set_xticks([row[by] for row in rows][::2])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}"))
     panels[0].set_ylabel("ms")
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=5, columnspacing=1.6)
