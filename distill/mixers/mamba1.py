@@ -20,6 +20,7 @@ from distill.ops.kernels import serves
 from distill.ops.modules import CausalConv1d, HeadRMSNorm
 from distill.ops.padding import padding_first
 from distill.ops.selective_scan import selective_scan, selective_scan_update
+from distill.ops.states import carried, keep
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 OPEN_GATE = 1.2784645  # SiLU of it is 1: the gate of z_init="identity"
@@ -152,13 +153,7 @@ class Mixer(nn.Module):
         [B, D, K-1], recurrent state [B, D, N] in fp32; both are updated in place.
         """
         projected = self.in_proj(hidden_states)
-        conv_state: Any = None
-        scan_state: Any = None
-        if past_key_values is not None and past_key_values.has_previous_state(self.layer_idx):
-            layer = past_key_values.layers[self.layer_idx]
-            conv_state, scan_state = layer.conv_states[0], layer.recurrent_states[0]
-            if torch.is_grad_enabled():  # the cache is written in place below, and backward needs what was there
-                conv_state, scan_state = conv_state.clone(), scan_state.clone()
+        conv_state, scan_state = carried(past_key_values, self.layer_idx)
         one_token = conv_state is not None and hidden_states.shape[1] == 1 and document_starts is None
         one_token = one_token and not torch.is_grad_enabled()
         z, x, b, c, dt = projected.split(self.splits, dim=-1)
@@ -180,9 +175,7 @@ class Mixer(nn.Module):
         y, scan_state = selective_scan(
             u, dt, a, b, c, self.D, reset=document_starts, initial_state=scan_state, kernel=self.kernels
         )
-        if past_key_values is not None:
-            past_key_values.update_conv_state(conv_state, self.layer_idx)
-            past_key_values.update_recurrent_state(scan_state, self.layer_idx)
+        keep(past_key_values, self.layer_idx, conv_state, scan_state)
         return self.out_proj(y * F.silu(z)), None
 
     def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
