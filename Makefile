@@ -12,7 +12,7 @@ demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 
 test: $(STAMP)  ## lint, types, tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(STAMP)  ## the tests that take half a minute and more each
 	$(BIN)/python -m pytest -m slow --ignore tests/faults
