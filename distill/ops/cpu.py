@@ -89,15 +89,24 @@ def width_of(states: int) -> tuple[int, ...]:
 
 
 def spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it."""
+    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it.
+
+    The caller takes its share: a thread that is woken costs some 40 us, and with two cores one has to be woken.
+    """
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1 or work < SERIAL_WORK:
         kernel(0, tasks, *arguments)
         return
     # More pieces than threads, and a busy core holds up less; but neighbours together, and memory is read in order.
     pieces = max(threads, min(4 * threads, tasks // 8))
-    edges = [tasks * piece // pieces for piece in range(pieces + 1)]
-    jobs = [_pool(threads).submit(kernel, *edge, *arguments) for edge in itertools.pairwise(edges)]
+    edges = itertools.pairwise([tasks * piece // pieces for piece in range(pieces + 1)])
+
+    def take() -> None:
+        for edge in edges:  # shared: whoever is free takes the next
+            kernel(*edge, *arguments)
+
+    jobs = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    take()
     for job in jobs:
         job.result()
 
