@@ -19,12 +19,13 @@ from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError, brief, choose, nearest
+from distill.hybrid.config import mixer_options
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import LOSSES
 from distill.mixers import available as mixers
-from distill.mixers import mixer_class
+from distill.mixers import check_used, mixer_class
 from distill.ops.kernels import CHOICES, DEVICES, check_kernel
 from distill.teacher import DTYPES, check_shape
 
@@ -96,6 +97,7 @@ def check(config: RunConfig) -> None:
     choose("mixer.name", config.mixer.name, mixers())
     for block, mixer in config.mixer.blocks.items():
         choose(f"mixer.blocks.{block}", mixer, mixers())
+    check_used({config.mixer.name, *config.mixer.blocks.values()}, mixer_options(config.mixer))
     _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
     for name in (config.score.first, config.score.later):

@@ -122,6 +122,8 @@ CONFIG_VALUES = [
     ([*RUN, "mixer.mil_layout=alined"], "did you mean 'aligned'"),
     ([*RUN, "mixer.d_state=24"], "must divide head_dim=32"),
     ([*RUN, "mixer.d_state=24", "mixer.blocks={0: mamba2}"], "must divide head_dim=32"),
+    ([*RUN, "mixer.name=mamba2", "mixer.d_state=8"], "mixer.d_state=8 does nothing with mamba2"),
+    ([*RUN, "mixer.name=mamba2", "mixer.mil_layout=faithful"], "mixer.mil_layout=faithful does nothing with mamba2"),
     ([*RUN, "mixer.d_state=0"], "mixer.d_state=0 must be above 0"),
     ([*RUN, "score.first=lo"], "did you mean 'loo'"),
     ([*RUN, "score.mmr.trainable=some"], "allowed: all, mixer"),
