@@ -28,6 +28,8 @@ VERBS = {
     "sft": "stages.sft",
     "merge": "stages.merge",
     "package": "stages.package",
+    "export": "stages.export",
+    "import": "stages.import_native",
     "submit": "stages.submit",
     "pretrain": "stages.pretrain",
     "traces": "stages.traces",
@@ -91,10 +93,27 @@ def package_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--code", action="store_true", help="with the Python code that trust_remote_code=True runs")
 
 
+def export_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill export``."""
+    parser.add_argument("target", nargs="?", metavar="CHECKPOINT|RUN", help="a folder with config.json, or a run's")
+    parser.add_argument("--to", metavar="FORM", help="hf-native")
+    parser.add_argument("--stage", help="of a RUN: H1-5, H1-5-SFT, or its number; by default the last distilled")
+    parser.add_argument("--output", help="the folder to write; it must not exist")
+    parser.add_argument("--table", action="store_true", help="show what can be exported to what, and why not")
+
+
+def import_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill import``."""
+    parser.add_argument("target", metavar="FOLDER", help="a GraniteMoeHybrid folder")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "traces": traces_options,
     "merge": merge_options,
     "package": package_options,
+    "export": export_options,
+    "import": import_options,
 }
 """Verbs with options of their own in place of a target and key=value."""
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
 STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize status "
+    "pretrain traces show plan score place swap train measure sft merge package bench report quantize status "
     "cancel"
 )
 
@@ -51,6 +51,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.posttrain.*",
         "distill.hub",
         "distill.hub.*",
+        "distill.export",
+        "distill.export.*",
         "distill.scoring",
         "distill.api",
         "distill",
@@ -77,7 +79,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.targets",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
-    ("stages.submit",),
+    ("stages.submit", "stages.export", "stages.import_native"),
     ("stages.pipeline",),  # F11
     ("stages.cli",),
 )
