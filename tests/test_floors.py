@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
 STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report quantize status "
-    "cancel"
+    "pretrain traces show plan score place swap train measure sft merge package bench report quantize status cancel"
 )
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
