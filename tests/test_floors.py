@@ -55,11 +55,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.api",
         "distill",
     ),
-    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
+    ("eval", "eval.backends", "eval.backends.*", "eval.machine", "eval.roofline", "eval.wellformed"),
     (
         "eval.accuracy",
         "eval.loglikelihood",
         "eval.throughput",
+        "eval.serving",
         "eval.pareto",
         "eval.drawing",
         "eval.page",
