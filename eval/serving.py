@@ -4,12 +4,12 @@
 ``throughput`` (step rows: `eval.throughput`); seconds and bytes are always of the whole batch:
 
 - ``machine``: ``name``, ``copy_bytes_per_second``, ``product_flops_per_second``, ``memory_bytes``
-- ``one_in_n_out``: a row a model and protocol: ``model``, ``protocol`` (``equal_batch``: each at the same batch, one row
-  a batch; ``equal_memory``: each at its largest batch within ``memory_bytes``), ``batch``, ``output_tokens``,
+- ``one_in_n_out``: a row a model and protocol: ``model``, ``protocol`` (``equal_batch``: all at one batch, a row a
+  batch; ``equal_memory``: each at its largest batch within ``memory_bytes``), ``batch``, ``output_tokens``,
   ``tokens_per_second`` with ``_low`` and ``_high`` (from the quartiles of the step times),
   ``roofline_tokens_per_second``, ``roofline_fraction``, ``ratio`` (to the first model, the teacher, under the same
-  protocol and, for equal_batch, at the same batch), ``how`` (``sampled``: step times integrated; ``full``: run to the
-  end; ``predicted``: of the roofline), and, for equal_memory, ``memory_bytes``, the cap, and ``largest_batch``, what
+  protocol and, for equal_batch, at the same batch) and ``roofline_ratio`` (that of the rooflines: what is predicted),
+  ``how`` (``sampled``: step times integrated; ``full``: run to the end; ``predicted``), and, for equal_memory, ``memory_bytes``, the cap, and ``largest_batch``, what
   fits there by that count, where less may have run
 - ``equal_memory``: the step rows of that protocol, keys as in ``throughput``
 - ``prefill``: rows of ``model``, ``batch``, ``tokens`` (of each prompt), ``seconds`` (median: the time to the first
@@ -117,10 +117,11 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     def key(row: Row) -> tuple[str, int]:
         return row["protocol"], row["batch"] if row["protocol"] == "equal_batch" else 0
 
-    base: dict[tuple[str, int], float] = {}
+    base: dict[tuple[str, int], Row] = {}
     for row in rows:
-        base.setdefault(key(row), row["tokens_per_second"])
-    return [{**row, "ratio": row["tokens_per_second"] / base[key(row)]} for row in rows]
+        base.setdefault(key(row), row)
+    of = {"ratio": "tokens_per_second", "roofline_ratio": "roofline_tokens_per_second"}
+    return [{**row, **{ratio: row[speed] / base[key(row)][speed] for ratio, speed in of.items()}} for row in rows]
 
 
 def full(engines: Mapping[str, Engine], row: Row, options: ThroughputConfig, report: Report) -> Row:
@@ -171,28 +172,26 @@ def equal_memory(
         if not batches[name]:
             report(f"{name} does not fit in {cap / 1e9:,.3g} GB with {tokens} tokens")
     fitting = {name: engine for name, engine in engines.items() if batches[name]}
-    known = {name: [row for row in rows if row["model"] == name and row["batch"] == batches[name]] for name in fitting}
-    result = []
+    run = {name: _possible(engine, batches[name], options, report) for name, engine in fitting.items()}
+    measured = step_rows(fitting, run, contexts_of(options), options.repeats, machine) if fitting else []
     for name in fitting:
-        measured: Sequence[Mapping[str, Any]] = known[name]  # under the other protocol, beside the others
-        if not measured:
-            measured = _alone(fitting[name], batches[name], options, machine, report)
-        limits = {"memory_bytes": cap, "largest_batch": batches[name]}
-        result += [{**row, **limits} for row in measured]
-        speed = one_in_n_out(measured, name, measured[0]["batch"], tokens)
-        report(f"{name} at its largest batch in {cap / 1e9:,.3g} GB, {batches[name]}: {speed:,.0f} tokens/s")
-    return result
+        speed = one_in_n_out(measured, name, run[name], tokens)
+        report(f"{name} at its largest batch in {cap / 1e9:,.3g} GB, {run[name]}: {speed:,.0f} tokens/s")
+    return [{**row, "memory_bytes": cap, "largest_batch": batches[row["model"]]} for row in measured]
 
 
-def _alone(
-    engine: Engine, batch: int, options: ThroughputConfig, machine: Machine, report: Report
-) -> list[dict[str, Any]]:
-    """Step rows of one model, at half the batch as often as memory does not suffice."""
+def _possible(engine: Engine, batch: int, options: ThroughputConfig, report: Report) -> int:
+    """``batch``, or half of it as often as memory does not suffice for a step at the longest context."""
+    longest = max(contexts_of(options))
 
-    def rows(batch: int) -> list[dict[str, Any]]:
-        return step_rows({engine.name: engine}, {engine.name: batch}, contexts_of(options), options.repeats, machine)
+    def once(batch: int) -> None:
+        engine.prepare(batch, longest)
+        engine.step(longest)
 
-    return halving(batch, rows, report)[1]
+    try:
+        return halving(batch, once, report)[0]
+    finally:
+        engine.release()
 
 
 def prefill_rows(

@@ -119,7 +119,7 @@ def step_rows(
         except Exception as error:
             if not out_of_memory(error) or len(engines) == 1:
                 raise
-        if times is None:  # outside the handler, whose error would keep what was allocated alive
+        if times is None:  # not in the handler, whose error keeps alive what was allocated
             times = _in_turns(engines, batches, contexts, repeats, facts)
     finally:
         for engine in engines.values():

@@ -61,6 +61,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eval.loglikelihood",
         "eval.throughput",
         "eval.serving",
+        "eval.shapes",
         "eval.pareto",
         "eval.drawing",
         "eval.page",

@@ -90,12 +90,19 @@ def attend_in_place(
 AttentionInterface.register(IN_PLACE, attend_in_place)
 
 
+def configs_of(model: Any) -> list[Any]:
+    """Every config that a module of ``model`` holds: that of blocks shared with another model is that model's."""
+    return list({id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values())
+
+
 @contextmanager
-def in_place_attention(model: Any) -> Iterator[None]:
-    """``model`` attends as above inside, and as before afterwards."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = IN_PLACE
+def in_place_attention(configs: list[Any]) -> Iterator[None]:
+    """The model of these configs attends as above inside, and as before afterwards."""
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = IN_PLACE
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        for config, was in zip(configs, before, strict=True):
+            config._attn_implementation = was

@@ -13,10 +13,10 @@ import torch
 
 from distill.data.chat import undated
 from distill.teacher import load_model
-from eval.backends.attention import Filled, in_place_attention
+from eval.backends.attention import Filled, configs_of, in_place_attention
 from eval.backends.caches import InPlaceLayer, cache_bytes, fill, fixed_cache, in_place_cache, move
 from eval.backends.peak import peak_of
-from eval.machine import synchronize
+from eval.machine import free_memory, synchronize
 from eval.roofline import Shape
 
 __all__ = ["Decoder", "GraphDecoder", "InPlaceLayer", "Model", "in_place_cache", "lm", "open_model"]
@@ -45,7 +45,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, batch: int, context: int, spare: int = 1) -> None:
-        self.model = model.eval()
+        self.model, self.configs = model.eval(), configs_of(model)
         self.capacity, self.context = context + spare, context
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.start()
@@ -60,7 +60,7 @@ class Decoder:
     @torch.no_grad()
     def step(self) -> None:
         """One token for every sequence."""
-        with in_place_attention(self.model):
+        with in_place_attention(self.configs):
             output = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.tokens = output.logits[:, -1:].argmax(-1)
 
@@ -127,7 +127,7 @@ class GraphDecoder(Decoder):
     @torch.no_grad()
     def advance(self) -> None:
         """The step, on the device alone."""
-        with in_place_attention(self.model):
+        with in_place_attention(self.configs):
             output = self.model(
                 input_ids=self.tokens,
                 position_ids=self.position[None],
@@ -161,7 +161,7 @@ class Model:
     """A loaded model as an `eval.backends.Engine`."""
 
     def __init__(self, name: str, model: Any) -> None:
-        self.name, self.model, self.shape = name, model, Shape.of(model)
+        self.name, self.model, self.shape, self.configs = name, model, Shape.of(model), configs_of(model)
         self.decoder: Decoder | None = None
 
     @property
@@ -171,6 +171,10 @@ class Model:
 
     def prepare(self, batch: int, capacity: int) -> None:
         self.release()
+        wanted = self.shape.kv_bytes(batch, capacity) + self.shape.state_bytes(batch)
+        free = free_memory(self.model.device)
+        if wanted > free:
+            raise MemoryError(f"a cache of {wanted / 1e9:,.3g} GB, and {free / 1e9:,.3g} GB are free")
         kind = GraphDecoder if self.model.device.type == "cuda" else Decoder
         self.decoder = kind(self.model, batch, capacity, spare=0)
 
@@ -186,7 +190,7 @@ class Model:
         cache = in_place_cache(self.model, tokens)
         synchronize(self.model.device)
         began = time.perf_counter()
-        with in_place_attention(self.model):
+        with in_place_attention(self.configs):
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         output.logits[:, -1:].argmax(-1)
         synchronize(self.model.device)
