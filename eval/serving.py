@@ -9,8 +9,8 @@
   ``tokens_per_second`` with ``_low`` and ``_high`` (from the quartiles of the step times),
   ``roofline_tokens_per_second``, ``roofline_fraction``, ``ratio`` (to the first model, the teacher, under the same
   protocol and, for equal_batch, at the same batch) and ``roofline_ratio`` (that of the rooflines: what is predicted),
-  ``how`` (``sampled``: step times integrated; ``full``: run to the end; ``predicted``), and, for equal_memory, ``memory_bytes``, the cap, and ``largest_batch``, what
-  fits there by that count, where less may have run
+  ``how`` (``sampled``: step times integrated; ``full``: run to the end; ``predicted``), and, for equal_memory,
+  ``memory_bytes``, the cap, and ``largest_batch``, what fits there by that count, where less may have run
 - ``equal_memory``: the step rows of that protocol, keys as in ``throughput``
 - ``prefill``: rows of ``model``, ``batch``, ``tokens`` (of each prompt), ``seconds`` (median: the time to the first
   token of the batch) with ``seconds_low`` and ``_high``, ``tokens_per_second``, ``roofline_seconds``,

@@ -1,4 +1,4 @@
-"""Teachers and hybrids from their shapes alone: models of random weights to be timed, or times that a roofline predicts."""
+"""Teachers and hybrids from their shapes alone: models of random weights to be timed, or what a roofline predicts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def check_blocks(blocks: Sequence[int], layers: int) -> list[int]:
     """The numbers of replaced blocks, 0 (the teacher) first; UserError for one that leaves no attention."""
     for h in blocks:
         if not 0 <= h < layers:
-            raise UserError(
-                f"h={h} must be in [0, {layers}): the model has {layers} blocks, and one must keep attention"
-            )
+            raise UserError(f"h={h} must be in [0, {layers}): of the model's {layers} blocks one must keep attention")
     return sorted({0, *blocks})
 
 
@@ -78,12 +76,12 @@ def predicted(
     machine: Machine,
     width: int,
 ) -> dict[str, Any]:
-    """A record as `eval.throughput.measure` and `eval.serving.details` would give it, had every step and prefill reached
-    the roofline of ``machine``: ``throughput`` and ``serving``, in which ``how`` is ``predicted``."""
+    """A record as `eval.throughput.measure` and `eval.serving.details` would give it, had every step and prefill
+    reached the roofline of ``machine``: ``throughput`` and ``serving``, in which ``how`` is ``predicted``."""
     shapes = shapes_of(teacher, blocks, mixers, mixer, width)
-    rows = [
-        row for batch in options.batches for row in step_rows(shapes, dict.fromkeys(shapes, batch), options, machine)
-    ]
+    rows = []
+    for batch in options.batches:
+        rows += step_rows(shapes, dict.fromkeys(shapes, batch), options, machine)
     cap = options.memory_gb * 1e9 or serving.USABLE * machine.memory
     largest = {name: shape.largest_batch(options.output_tokens, cap, overhead(shape)) for name, shape in shapes.items()}
     fitting = {name: shape for name, shape in shapes.items() if largest[name]}

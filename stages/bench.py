@@ -36,22 +36,22 @@ from eval import serving, shapes, throughput
 from eval.backends import backend
 from eval.machine import THIS, free_memory, named
 from eval.pareto import read_run
+from eval.roofline import shapes_of
 from stages.common import say, set_threads
 from stages.package import place
 from stages.plan import teacher_config
 from stages.targets import read_config
 
+ROOFLINE = "roofline"
+MEASURED = ("quartiles", "roofline", "of rooflines")
+"""Columns that say nothing of a prediction."""
 SMALL = 200e6  # parameters of a shape that is measured without a GPU
 
 
 def main(args: argparse.Namespace) -> int:
     options, dtype = options_of(args), dtype_of(args.dtype)
     set_threads(args.threads)
-    record: dict[str, Any]
-    if args.shape:
-        record = of_shape(args, options, dtype)
-    else:
-        record = of_checkpoints(args, options, dtype)
+    record = of_shape(args, options, dtype) if args.shape else of_checkpoints(args, options, dtype)
     record = {"dtype": dtype, "threads": torch.get_num_threads(), "output_tokens": options.output_tokens, **record}
     for title, table in tables(record):
         say(f"\n{title}\n{table}")
@@ -165,8 +165,10 @@ def of_shape(args: argparse.Namespace, options: ThroughputConfig, dtype: str) ->
     teacher = teacher_config(config)
     blocks = shapes.check_blocks(numbers("--h", args.h, 0), teacher.num_hidden_layers)
     mixers = [choose("mixer", name.strip(), available()) for name in args.mixers.split(",")]
-    width = DTYPES[dtype].itemsize if args.dtype or not args.device else 2  # named devices serve in bfloat16
-    every = shapes.shapes_of(teacher, blocks, mixers, config.mixer, width)
+    if not args.dtype and args.device not in ("", THIS):
+        dtype = "bfloat16"  # what the figures of named devices are for
+    width = DTYPES[dtype].itemsize
+    every = shapes_of(teacher, blocks, mixers, config.mixer, width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     each_block = sum(shape.weight_bytes - every["teacher"].weight_bytes for shape in every.values())
     needed = every["teacher"].weight_bytes * 1.1 + max(each_block, 0)
@@ -174,17 +176,18 @@ def of_shape(args: argparse.Namespace, options: ThroughputConfig, dtype: str) ->
     if args.device in ("", THIS) and small and needed < free_memory(device) / 2:
         say(f"{teacher.model_type} of {every['teacher'].parameters / 1e6:,.0f} M parameters, random weights, {dtype}")
         models = shapes.random_models(teacher, blocks, mixers, config.mixer, DTYPES[dtype], device)
-        return {"shape": args.shape, "backend": "hf", **measured(models, options)}
+        return {"shape": args.shape, "backend": "hf", "dtype": dtype, **measured(models, options)}
     machine = named(args.device or THIS, DTYPES[dtype])
     say(f"predicted from the roofline of {machine}, weights of {width} bytes; nothing is measured")
     record = shapes.predicted(teacher, blocks, mixers, config.mixer, options, machine, width)
-    return {"shape": args.shape, "backend": "roofline", **record}
+    return {"shape": args.shape, "backend": ROOFLINE, "dtype": dtype, **record}
 
 
 def tables(record: dict[str, Any]) -> list[tuple[str, str]]:
     """(title, text) of what a record says, for a terminal."""
     found, details = [], record["serving"]
-    part = lambda row: f"({row['roofline_fraction']:.2f})"  # noqa: E731
+    guessed = record["backend"] == ROOFLINE
+    part = lambda row: "" if guessed else f"({row['roofline_fraction']:.2f})"  # noqa: E731
     steps: dict[tuple[int, int], dict[str, str]] = {}
     for row in record["throughput"]:
         line = steps.setdefault(
@@ -201,13 +204,15 @@ def tables(record: dict[str, Any]) -> list[tuple[str, str]]:
             "quartiles": f"{row['tokens_per_second_low']:,.0f} - {row['tokens_per_second_high']:,.0f}",
             "roofline": part(row),
             "ratio": f"{row['ratio']:.2f}x",
-            "predicted": f"{row['roofline_ratio']:.2f}x",
+            "of rooflines": f"{row['roofline_ratio']:.2f}x",
             "how": row["how"],
         }
         for row in details["one_in_n_out"]
     ]
     tokens = record["output_tokens"]
-    found.append((f"1 in, {tokens:,} out (ratio: to the first; predicted: that of the rooflines)", plain(speeds)))
+    if guessed:
+        speeds = [{key: value for key, value in row.items() if key not in MEASURED} for row in speeds]
+    found.append((f"1 in, {tokens:,} out (ratio: to the first model)", plain(speeds)))
     if details["prefill"]:
         rows = [
             {
