@@ -63,8 +63,10 @@ class Machine:
     """Measured by us, or what its maker says."""
 
     @classmethod
-    def measure(cls, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-        """Measure with PyTorch's present number of threads; about two seconds."""
+    def measure(cls, device: str = "cpu", dtype: torch.dtype = torch.float32, *, again: bool = False) -> Machine:
+        """Measure with PyTorch's present number of threads, about two seconds, once a process or ``again``."""
+        if again:
+            _measured.cache_clear()
         return _measured(device, dtype, torch.get_num_threads())
 
     def seconds(self, *, flops: float = 0, nbytes: float = 0, exps: float = 0) -> float:
