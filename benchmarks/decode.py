@@ -1,7 +1,7 @@
 """Decode step of a teacher and of its hybrids, beside the operator roofline of this machine.
 
     python benchmarks/decode.py --threads 2 --batch 32 --contexts 256 1024 4096
-    python benchmarks/decode.py --model 50m --threads 2          (the embedded teacher's family, five times as wide)
+    python benchmarks/decode.py --model 50m --threads 2          (the embedded teacher's family, six times as wide)
 
 The roofline (`eval/roofline.py`) is the sum over operators of max(bytes / copy bandwidth, flops / product peak), both
 measured at the start and again at the end: every projection (weights, inputs, outputs), attention over its keys and
@@ -32,7 +32,7 @@ from eval.backends.hf import Model
 from eval.machine import Machine
 from eval.shapes import random_models
 
-WIDER = 5
+WIDER = 6
 MODELS = ("embedded", "50m")
 
 

@@ -254,7 +254,8 @@ def memory_rows(engines: Mapping[str, Engine], lengths: Sequence[int]) -> list[R
         overhead = 0
         for tokens in sorted(lengths):
             held = None
-            if engine.shape.kv_bytes(1, tokens) + engine.shape.state_bytes(1) <= AFFORDABLE:
+            cheap = engine.shape.kv_bytes(1, tokens) + engine.shape.state_bytes(1) <= AFFORDABLE
+            if cheap and engine.holds_cache:
                 try:
                     engine.prepare(1, tokens)
                     overhead, held = engine.overhead_bytes(), engine.cache_bytes(tokens)

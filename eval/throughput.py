@@ -20,7 +20,6 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from distill.config import ThroughputConfig
 from distill.errors import UserError, brief, out_of_memory
@@ -47,9 +46,8 @@ def engines_of(models: Mapping[str, Any]) -> dict[str, Engine]:
 
 def machine_of(models: Mapping[str, Any]) -> Machine:
     """The machine that the models are on, measured in their type; measured once a process."""
-    model = getattr(next(iter(models.values())), "model", next(iter(models.values())))
-    device = getattr(model, "device", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return Machine.measure(torch.device(device).type, getattr(model, "dtype", torch.float32))
+    first = next(iter(models.values()))
+    return Machine.measure(first.device.type, first.dtype)
 
 
 def contexts_of(options: ThroughputConfig) -> list[int]:

@@ -33,7 +33,7 @@ from distill.mixers import available, set_kernels
 from distill.records import write_json
 from distill.teacher import DTYPES, load_config, resolve, trust_code
 from eval import serving, shapes, throughput
-from eval.backends import backend
+from eval.backends import NAMES, backend
 from eval.machine import THIS, free_memory, named
 from eval.pareto import read_run
 from eval.roofline import shapes_of
@@ -86,7 +86,7 @@ def options_of(args: argparse.Namespace) -> ThroughputConfig:
         raise UserError(f"--output={args.output} is a folder: name the JSON file to write")
     if bool(args.shape) == bool(args.targets):
         raise UserError("give CHECKPOINTs or RUNs to measure, or --shape CONFIG, and not both")
-    choose("backend", args.backend, ("hf", "vllm"))
+    choose("backend", args.backend, NAMES)
     if args.device:
         named_only(args.device)
         if not args.shape:
@@ -142,10 +142,12 @@ def sources_of(targets: Sequence[str]) -> dict[str, tuple[str, str]]:
 def of_checkpoints(args: argparse.Namespace, options: ThroughputConfig, dtype: str) -> dict[str, Any]:
     """Measure the checkpoints that the command line names."""
     module = backend(args.backend)
-    engines = {}
-    for name, (source, kernels) in sources_of(args.targets).items():
+    module.check_installed()
+    engines, sources = {}, sources_of(args.targets)
+    longest = max(*options.contexts, options.output_tokens)
+    for name, (source, kernels) in sources.items():
         say(f"loading {name}")
-        engines[name] = module.open_model(source, name, dtype)
+        engines[name] = module.open_model(source, name, dtype, models=len(sources), length=longest)
         if hasattr(engines[name], "model"):
             set_kernels(engines[name].model, kernels)
     return {"backend": args.backend, **measured(engines, options)}

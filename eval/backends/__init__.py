@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
+import torch
+
 from distill.errors import choose
 
 NAMES = ("hf", "vllm")
@@ -20,6 +22,10 @@ class Engine(Protocol):
     name: str
     shape: Any
     """`eval.roofline.Shape`."""
+    dtype: torch.dtype
+    device: torch.device
+    holds_cache: bool
+    """Whether the cache is there to be measured, or its bytes are computed."""
 
     def prepare(self, batch: int, capacity: int) -> None:
         """Make room for ``capacity`` tokens of ``batch`` sequences; what was prepared before is let go first."""
@@ -46,6 +52,8 @@ class Engine(Protocol):
 def backend(name: str) -> Any:
     """The module of a backend; UserError for one that there is not (its packages are checked when it opens a model).
 
-    Each has ``open_model(source, name, dtype) -> Engine``, ``source`` a model folder or hub name.
+    Each has ``open_model(source, name, dtype, models=1, length=0) -> Engine``: ``source`` a model folder or hub name,
+    ``models`` how many will be open together, ``length`` of the longest sequence (0: as the model says), and
+    ``check_installed()``, which raises UserError where it cannot run here.
     """
     return importlib.import_module(f"{__name__}.{choose('backend', name, NAMES)}")

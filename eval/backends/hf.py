@@ -160,8 +160,11 @@ class GraphDecoder(Decoder):
 class Model:
     """A loaded model as an `eval.backends.Engine`."""
 
+    holds_cache = True
+
     def __init__(self, name: str, model: Any) -> None:
         self.name, self.model, self.shape, self.configs = name, model, Shape.of(model), configs_of(model)
+        self.dtype, self.device = model.dtype, model.device
         self.decoder: Decoder | None = None
 
     @property
@@ -211,6 +214,11 @@ class Model:
             torch.cuda.empty_cache()
 
 
-def open_model(source: str, name: str, dtype: str) -> Model:
-    """The model in a folder or on a hub, ready to be timed; UserError where there is none."""
+def check_installed() -> None:
+    """Nothing is needed beyond what we depend on."""
+
+
+def open_model(source: str, name: str, dtype: str, *, models: int = 1, length: int = 0) -> Model:
+    """The model in a folder or on a hub, ready to be timed; UserError where there is none. (How many models there are,
+    and how long the sequences will be, matters to others.)"""
     return Model(name, load_model(source, dtype))
