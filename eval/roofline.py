@@ -27,6 +27,7 @@ from distill.mixers import ATTENTION
 from distill.placement import replace
 from eval.machine import Machine
 
+LONGEST = 1 << 20  # tokens within which a mixer has to pay
 FLOAT = 4  # bytes of what is held in float32 whatever the model is in: the states of scans
 
 
@@ -172,22 +173,28 @@ def shapes_of(
     return made
 
 
-def pays_from(teacher: Any, mixer: str, options: MixerConfig, machine: Machine, batch: int, width: int) -> int | None:
-    """The context from which a block's mixer is faster than its attention at ``batch``, on the roofline.
+def pays_from(
+    teacher: Any, mixer: str, options: MixerConfig, machine: Machine, batches: Iterable[int], width: int
+) -> dict[str, int | None]:
+    """Batch (as text) -> the context from which a block is faster with ``mixer`` than with attention, on the roofline.
 
     A mixer reads its state and (mamba2) twice the weights of attention, which reads more keys and values with every
     token. None where it does not pay within a million tokens.
     """
-    shapes = shapes_of(teacher, (0, 1), (mixer,), options, width)
-    attention, mixed = shapes.values()
-    contexts = range(1, 1 << 20)
-    slower = lambda context: mixed.step(batch, context, machine) >= attention.step(batch, context, machine)  # noqa: E731
-    if slower(contexts[-1]):
-        return None
-    low, high = 0, len(contexts) - 1  # the first context of `contexts` at which it is not slower lies in (low, high]
-    if not slower(contexts[0]):
-        return 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if slower(contexts[middle]) else (low, middle)
-    return contexts[high]
+    attention, mixed = shapes_of(teacher, (0, 1), (mixer,), options, width).values()
+
+    def crossing(batch: int) -> int | None:
+        def slower(context: int) -> bool:
+            return mixed.step(batch, context, machine) >= attention.step(batch, context, machine)
+
+        if not slower(1):
+            return 1
+        low, high = 1, LONGEST  # slower at the one, faster at the other
+        if slower(high):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if slower(middle) else (low, middle)
+        return high
+
+    return {str(batch): crossing(batch) for batch in batches}

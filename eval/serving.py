@@ -273,11 +273,8 @@ def pays_of(engines: Mapping[str, Engine], options: ThroughputConfig, machine: M
     for engine in engines.values():
         config = getattr(getattr(engine, "model", None), "config", None)
         for mixer in dict.fromkeys(getattr(config, "mixers", None) or []):
-            if mixer != ATTENTION and config is not None:
+            if mixer not in (ATTENTION, *found) and config is not None:
                 known = {key: value for key, value in config.mixer_config.items() if key != "bc_norm"}
                 choice = MixerConfig(**known, bc_norm="always" if config.mixer_config["bc_norm"] else "never")
-                found[mixer] = {
-                    str(batch): pays_from(config, mixer, choice, machine, batch, engine.shape.width)
-                    for batch in options.batches
-                }
+                found[mixer] = pays_from(config, mixer, choice, machine, options.batches, engine.shape.width)
     return found

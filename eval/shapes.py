@@ -104,10 +104,7 @@ def predicted(
         for name, shape in shapes.items()
         for tokens in sorted(options.lengths)
     ]
-    pays = {
-        name: {str(batch): pays_from(teacher, name, mixer, machine, batch, width) for batch in options.batches}
-        for name in mixers
-    }
+    pays = {name: pays_from(teacher, name, mixer, machine, options.batches, width) for name in mixers}
     return {
         "throughput": rows,
         "serving": {

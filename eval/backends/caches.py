@@ -106,15 +106,13 @@ def buffers(layer: Any) -> tuple[str, list[Tensor]]:
 
 
 @torch.no_grad()
-def fill(cache: Cache, filled: int) -> None:
-    """Synthetic keys and values throughout, of which ``filled`` tokens count: speed does not depend on values, as long
-    as they are ordinary numbers."""
+def fill(cache: Cache) -> None:
+    """Synthetic keys and values throughout: speed does not depend on values, as long as they are ordinary numbers."""
     for layer in cache.layers:
         kind, held = buffers(layer)
         for buffer in held if kind == "kv_bytes" else []:
-            row = torch.empty_like(buffer[:1])
-            buffer.copy_(row.normal_(generator=torch.Generator(buffer.device).manual_seed(0)))
-    move(cache, filled)
+            generator = None if buffer.is_meta else torch.Generator(buffer.device).manual_seed(0)
+            buffer.copy_(torch.empty_like(buffer[:1]).normal_(generator=generator))
 
 
 def move(cache: Cache, filled: int) -> None:

@@ -50,7 +50,8 @@ class Decoder:
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.start()
         if context > 1:
-            fill(self.cache, context - 1)
+            fill(self.cache)
+            self.move_to(context - 1)
 
     def start(self) -> None:
         """Make the cache and take the first step, which gives it its buffers."""
