@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def numbers(option: str, text: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
+def make_room(output: str) -> None:
+    """Make the folder of the record before anything is measured for it; UserError where that cannot be."""
+    folder = Path(output).expanduser().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output={output}: {folder} cannot be written to")
+
+
 def dtype_of(given: str) -> str:
     """The type asked for, or what a device computes in by habit."""
     if given:
@@ -144,6 +156,7 @@ def of_checkpoints(args: argparse.Namespace, options: ThroughputConfig, dtype: s
     module = backend(args.backend)
     module.check_installed()
     engines, sources = {}, sources_of(args.targets)
+    make_room(args.output)
     longest = max(*options.contexts, options.output_tokens)
     for name, (source, kernels) in sources.items():
         say(f"loading {name}")
@@ -171,6 +184,7 @@ def of_shape(args: argparse.Namespace, options: ThroughputConfig, dtype: str) ->
         dtype = "bfloat16"  # what the figures of named devices are for
     width = DTYPES[dtype].itemsize
     every = shapes_of(teacher, blocks, mixers, config.mixer, width)
+    make_room(args.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     each_block = sum(shape.weight_bytes - every["teacher"].weight_bytes for shape in every.values())
     needed = every["teacher"].weight_bytes * 1.1 + max(each_block, 0)
