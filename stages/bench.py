@@ -46,6 +46,7 @@ from stages.targets import read_config
 ROOFLINE = "roofline"
 MEASURED = ("quartiles", "roofline", "of rooflines")
 """Columns that say nothing of a prediction."""
+FITS = 0.75  # of the free memory, for weights: the rest is for caches
 SMALL = 200e6  # parameters of a shape that is measured without a GPU
 
 
@@ -189,7 +190,7 @@ def of_shape(args: argparse.Namespace, options: ThroughputConfig, dtype: str) ->
     each_block = sum(shape.weight_bytes - every["teacher"].weight_bytes for shape in every.values())
     needed = every["teacher"].weight_bytes * 1.1 + max(each_block, 0)
     small = device == "cuda" or every["teacher"].parameters <= SMALL
-    if args.device in ("", THIS) and small and needed < free_memory(device) / 2:
+    if args.device in ("", THIS) and small and needed < FITS * free_memory(device):
         say(f"{teacher.model_type} of {every['teacher'].parameters / 1e6:,.0f} M parameters, random weights, {dtype}")
         models = shapes.random_models(teacher, blocks, mixers, config.mixer, DTYPES[dtype], device)
         return {"shape": args.shape, "backend": "hf", "dtype": dtype, **measured(models, options)}

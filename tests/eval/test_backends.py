@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from distill.config import MixerConfig
 from distill.errors import UserError
 from distill.hybrid.surgery import hybridize
+from distill.mixers import set_kernels
 from eval.backends import attention, attention_cpu, backend
 from eval.backends.attention import Filled, attend_filled
 from eval.backends.caches import FixedLayer, buffers
@@ -93,10 +94,12 @@ def test_the_step_of_a_graph_decodes_as_the_other(family: Any, kind: str) -> Non
         fixed.step()
 
 
-@pytest.mark.parametrize("kind", ["teacher", "hybrid"])
-def test_nothing_that_a_graph_reads_moves(family: Any, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "kernels"), [("teacher", "auto"), ("hybrid", "auto"), ("hybrid", "reference")])
+def test_nothing_that_a_graph_reads_moves(family: Any, kind: str, kernels: str) -> None:
     """Every buffer, state, token and position stays at its address over steps, and is written there."""
-    decoder = GraphDecoder(variants(family)[kind], 2, 6, spare=4)
+    model = variants(family)[kind]
+    set_kernels(model, kernels)
+    decoder = GraphDecoder(model, 2, 6, spare=4)
     decoder.tokens.fill_(7)  # 0 is padding, whose embedding is zero
 
     def held() -> list[torch.Tensor]:
@@ -124,9 +127,7 @@ def test_a_step_asks_no_tensor_for_its_value(family: Any, kind: str, monkeypatch
     for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist", "nonzero", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     # the compiled step of a mixer on CPU is numpy; on a GPU its operators are PyTorch's or a package's
-    for module in decoder.model.modules():
-        if hasattr(module, "mil_slots"):
-            module.kernels = "reference"
+    set_kernels(decoder.model, "reference")
     decoder.step()
     with pytest.raises(AssertionError, match="read on the host"):
         bool(decoder.tokens[0, 0])
@@ -136,9 +137,7 @@ def test_the_step_runs_on_shapes_alone(hybrid: Any) -> None:
     """On the meta device there are no values at all: what asked for one would fail."""
     with torch.device("meta"):
         model = type(hybrid)(hybrid.config)
-    for module in model.modules():
-        if hasattr(module, "mil_slots"):
-            module.kernels = "reference"
+    set_kernels(model, "reference")
     decoder = GraphDecoder(model, 2, 6, spare=4)
     decoder.step()
     assert decoder.tokens.is_meta and decoder.tokens.shape == (2, 1)
