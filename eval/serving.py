@@ -47,7 +47,7 @@ from eval.throughput import (
 )
 
 USABLE = 0.9  # of a GPU's memory, where no cap is given
-AFFORDABLE = 1 << 30  # bytes of a cache that is made only to be measured
+AFFORDABLE = 1 << 29  # bytes of a cache that is made only to be measured
 STEPS = ("step_seconds", "step_seconds_high", "step_seconds_low")  # the slow quartile gives the low speed
 Row = dict[str, Any]
 

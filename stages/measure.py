@@ -9,6 +9,7 @@ times, both models with preallocated in-place caches. Writes ``measure/measure.j
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,11 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
         say(line)
     report = lambda line: say(f"  {line}")  # noqa: E731
     speeds = throughput.measure(models, options.throughput, report)
+    fewer = replace(options.throughput, repeats=min(options.throughput.repeats, 3))  # beside the headline, for less time
     return {
         "parameters": model.num_parameters(),
         **scores.record,
         "throughput": speeds,
         "headline": throughput.headline(speeds, "teacher", name, options.throughput),
-        "serving": serving.details(models, speeds, options.throughput, report),
+        "serving": serving.details(models, speeds, fewer, report),
     }
