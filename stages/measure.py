@@ -91,7 +91,7 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
         say(line)
     report = lambda line: say(f"  {line}")  # noqa: E731
     speeds = throughput.measure(models, options.throughput, report)
-    fewer = replace(options.throughput, repeats=min(options.throughput.repeats, 3))  # beside the headline, for less time
+    fewer = replace(options.throughput, repeats=min(options.throughput.repeats, 3))  # beside the headline
     return {
         "parameters": model.num_parameters(),
         **scores.record,
