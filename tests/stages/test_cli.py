@@ -15,7 +15,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
     assert ("CHECKPOINT" if verb in ("merge", "package") else "CONFIG") in text
-    assert ("key=value" in text) == (verb not in ("merge", "package"))
+    assert ("key=value" in text) == (verb not in ("merge", "package", "bench"))
 
 
 def test_unknown_verb_and_missing_target() -> None:
