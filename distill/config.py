@@ -191,6 +191,15 @@ class ThroughputConfig:
     repeats: int = 5
     output_tokens: int = 4096
     """N of the 1-in / N-out throughput (the paper: 16k)."""
+    full: bool = False
+    """Run the N tokens to the end, in place of integrating the step times at the contexts."""
+    memory_gb: float = 0.0
+    """What each model gets its largest batch within, in GB (0: nine tenths of a GPU's memory; on CPU what the teacher
+    takes at the largest of the batches)."""
+    prefill_tokens: int = 4096
+    """Prompts are measured up to so many tokens, batch times context (0: none)."""
+    lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536, 131072])
+    """Lengths of a sequence for which the memory is given."""
 
 
 @dataclass

@@ -24,6 +24,7 @@ VERBS = {
     "swap": "stages.swap",
     "train": "stages.train",
     "measure": "stages.measure",
+    "bench": "stages.bench",
     "report": "stages.report",
     "sft": "stages.sft",
     "merge": "stages.merge",
@@ -108,12 +109,42 @@ def import_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
 
 
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``distill bench``."""
+    add = parser.add_argument
+    add("targets", nargs="*", metavar="CHECKPOINT|RUN", help="what to measure")
+    add("--shape", metavar="CONFIG", default="", help="in their place: random weights, or a prediction, of its teacher")
+    add(
+        "--h",
+        default="0",
+        metavar="H,H",
+        help="of --shape: replaced blocks of each hybrid (default: the teacher alone)",
+    )
+    add("--mixers", default="mamba1,mamba2", metavar="M,M", help="of --shape: their mixers (default: %(default)s)")
+    add("--device", default="", help="of --shape: predict for this one (h100, a100, ...; this: as measured here)")
+    add("--backend", default="hf", help="hf (our decode loop) or vllm (default: %(default)s)")
+    add("--batches", default="1,32", metavar="B,B", help="sequences at a time (default: %(default)s)")
+    add("--contexts", default="256,1024,4096", metavar="T,T", help="tokens in the cache (default: %(default)s)")
+    add("--output-tokens", type=int, default=16384, metavar="N", help="N of 1 in, N out (default: %(default)s)")
+    add("--full", action="store_true", help="run the N tokens to the end, in place of integrating step times")
+    add("--memory-gb", type=float, default=0.0, metavar="GB", help="what each gets its largest batch within")
+    add(
+        "--prefill-tokens", type=int, default=4096, metavar="T", help="largest prefill, batch x context (default: 4096)"
+    )
+    add("--lengths", default="4096,16384,65536,131072", metavar="T,T", help="for memory (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="R", help="(default: %(default)s)")
+    add("--dtype", default="", help="float32 or bfloat16 (default: bfloat16 on a GPU)")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one a core)")
+    add("--output", default="", metavar="FILE", help="where the JSON record goes (default: the last line of output)")
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "traces": traces_options,
     "merge": merge_options,
     "package": package_options,
     "export": export_options,
     "import": import_options,
+    "bench": bench_options,
 }
 """Verbs with options of their own in place of a target and key=value."""
 

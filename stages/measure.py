@@ -9,6 +9,7 @@ times, both models with preallocated in-place caches. Writes ``measure/measure.j
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from distill.mixers import set_kernels
 from distill.records import read_record, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
-from eval import accuracy, throughput
+from eval import accuracy, serving, throughput
 from stages.common import begin, say, stage_main
 from stages.context import Context, need
 from stages.lineage import lineage_tokens
@@ -88,10 +89,13 @@ def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
     )
     for line in scores.lines():
         say(line)
-    speeds = throughput.measure(models, options.throughput, lambda line: say(f"  {line}"))
+    report = lambda line: say(f"  {line}")  # noqa: E731
+    speeds = throughput.measure(models, options.throughput, report)
+    fewer = replace(options.throughput, repeats=min(options.throughput.repeats, 3))  # beside the headline
     return {
         "parameters": model.num_parameters(),
         **scores.record,
         "throughput": speeds,
         "headline": throughput.headline(speeds, "teacher", name, options.throughput),
+        "serving": serving.details(models, speeds, fewer, report),
     }

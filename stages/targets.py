@@ -35,7 +35,7 @@ LOWEST: dict[str, float] = {
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
     r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
-    r"measure\.throughput\.(repeats|batches.*|contexts.*)": ABOVE_0,
+    r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
     r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""

@@ -301,7 +301,34 @@ USAGE = [
     (["merge", "a"], "required: B"),
     (["package", "{tmp}/missing", "--output", "{tmp}/new"], "no folder"),  # more in test_package.py
 ]
-AT_ONCE = [*CONFIG_FILES, *CONFIG_VALUES, *TEACHERS, *DATA, *USAGE]
+BENCH = ["bench", "{tiny}/teacher", "--output", "{tmp}/new/x.json"]
+SHAPE = ["bench", "--shape", "{tiny}/tiny.yaml", "--output", "{tmp}/new/x.json"]
+MEASUREMENTS = [
+    (["bench"], "give CHECKPOINTs or RUNs to measure, or --shape CONFIG"),
+    ([*BENCH, "--shape", "demo"], "and not both"),
+    (["bench", "{tmp}/nowhere"], "no model"),
+    (["bench", "nobody/nothing"], "as a hub name it cannot be had"),
+    (["bench", "{tmp}/an_empty_folder"], "has no config.json"),
+    (["bench", "{tiny}/teacher", "{tmp}/no_type"], "names no model_type"),
+    ([*BENCH, "--backend", "vlm"], "did you mean 'vllm'"),
+    ([*BENCH, "--backend", "vllm"], "not installed: pip install vllm"),
+    ([*BENCH, "--device", "h100"], "needs --shape CONFIG"),
+    ([*BENCH, "--batches", "0"], "--batches=0 must be whole numbers from 1 on"),
+    ([*BENCH, "--batches", "1,many"], "with commas between them"),
+    ([*BENCH, "--contexts", ""], "--contexts= must be"),
+    ([*BENCH, "--output-tokens", "0"], "--output-tokens=0 must be at least 2"),
+    ([*BENCH, "--repeats", "0"], "--repeats=0 must be at least 1"),
+    ([*BENCH, "--memory-gb", "nan"], "--memory-gb=nan"),
+    ([*BENCH, "--dtype", "float16"], "allowed: bfloat16, float32"),
+    (["bench", "{tiny}/teacher", "--output", "{tmp}/an_empty_folder"], "is a folder"),
+    (["bench", "{tiny}/teacher", "--output", "{tmp}/a_file/x.json"], "cannot make the folder"),
+    ([*SHAPE, "--device", "h10"], "unknown device 'h10' (did you mean 'h100'"),
+    ([*SHAPE, "--h", "1,3"], "h=3 must be in [0, 3)"),
+    ([*SHAPE, "--h", "-1"], "--h"),
+    ([*SHAPE, "--mixers", "mamba3"], "did you mean 'mamba2'"),
+    (["bench", "--shape", "dmeo"], "did you mean 'demo'"),
+]
+AT_ONCE = [*CONFIG_FILES, *CONFIG_VALUES, *TEACHERS, *DATA, *USAGE, *MEASUREMENTS]
 LATER = [*LATE_TEACHERS, *LATE_DATA, *RUNS]
 """Found only when the step that needs it begins: what is there may then be touched, and is whole."""
 

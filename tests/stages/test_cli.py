@@ -14,7 +14,13 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
-    kind = {"merge": "CHECKPOINT", "package": "CHECKPOINT", "export": "CHECKPOINT", "import": "FOLDER"}
+    kind = {
+        "merge": "CHECKPOINT",
+        "package": "CHECKPOINT",
+        "export": "CHECKPOINT",
+        "import": "FOLDER",
+        "bench": "CHECKPOINT",
+    }
     assert kind.get(verb, "CONFIG") in text
     assert ("key=value" in text) == (verb not in kind)
 
