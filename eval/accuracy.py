@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from distill.data.families import DISTANCES
 from distill.errors import UserError, nearest
-from eval.backends import hf
+from eval.lm import lm
 
 LINE = 110
 """Columns of a terminal that a line of `Scores.lines` may fill before it is folded."""
@@ -169,7 +169,7 @@ def evaluate(
             continue
         with bars_on_a_terminal_only(), code_execution(allow_code):
             results = simple_evaluate(
-                model=hf.lm(model, tokenizer, batch_size),
+                model=lm(model, tokenizer, batch_size),
                 tasks=list(tasks),
                 task_manager=manager,
                 limit=limit or None,

@@ -9,6 +9,7 @@ from typing import Any
 from distill.errors import UserError
 from distill.likelihood import Request, Requests
 from eval.accuracy import bars_on_a_terminal_only, task_manager
+from eval.lm import lm as lm_of
 
 
 def prepare(task: str, tokenizer: Any, model: Any, questions: int = 0, batch_size: int = 1) -> Requests:
@@ -19,10 +20,8 @@ def prepare(task: str, tokenizer: Any, model: Any, questions: int = 0, batch_siz
     """
     from lm_eval.tasks import get_task_dict
 
-    from eval.backends import hf
-
     manager = task_manager([task])
-    lm = hf.lm(model, tokenizer, batch_size)
+    lm = lm_of(model, tokenizer, batch_size)
     chat = tokenizer.chat_template is not None
     requests: list[Request] = []
     gold: list[int] = []

@@ -55,7 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.api",
         "distill",
     ),
-    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
+    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed", "eval.lm"),
     (
         "eval.accuracy",
         "eval.loglikelihood",

@@ -1,4 +1,4 @@
-"""The transformers backend: lm-eval's HFLM, and a decode loop with a preallocated in-place cache."""
+"""The transformers backend: a decode loop with a preallocated in-place cache."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
-
-from distill.data.chat import undated
-
-
-def lm(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """An lm-eval model around a loaded one, which is asked in the tokens that it was trained on: a chat template says
-    itself whether a BOS begins the text, and knows no other day than in training."""
-    from lm_eval.models.huggingface import HFLM
-
-    model.config.use_cache = True
-    return HFLM(
-        pretrained=model,
-        tokenizer=undated(tokenizer),
-        batch_size=batch_size,
-        device=str(model.device),
-        add_bos_token=None if tokenizer.chat_template is None else False,
-    )
 
 
 class InPlaceLayer(DynamicLayer):

@@ -91,7 +91,7 @@ def score(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
 
     def run(knows: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
         stub = Stub(tokenizer, knows)
-        monkeypatch.setattr(accuracy.hf, "lm", lambda *_: stub)
+        monkeypatch.setattr(accuracy, "lm", lambda *_: stub)
         scores = evaluate(None, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=4, limit=LIMIT)
         assert stub.budgets == {96}
         return {row["task"]: {**row, "by_distance": of_task(scores, row["task"])} for row in scores.rows}

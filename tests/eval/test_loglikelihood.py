@@ -15,7 +15,7 @@ from distill.data.sample import render, trace
 from distill.errors import UserError
 from distill.likelihood import Requests
 from eval.accuracy import task_manager
-from eval.backends import hf
+from eval.lm import lm as lm_of
 from eval.loglikelihood import prepare
 
 QUESTIONS = 40
@@ -45,7 +45,7 @@ def test_accuracy_is_lm_evals(name: str, requests: Requests, tokenizer: Any, req
 
     model = request.getfixturevalue(name)
     results = simple_evaluate(
-        model=hf.lm(model, tokenizer, 16),
+        model=lm_of(model, tokenizer, 16),
         tasks=["embedded_choice"],
         task_manager=task_manager(["embedded_choice"]),
         limit=QUESTIONS,
@@ -116,7 +116,7 @@ def test_lm_eval_asks_in_the_tokens_that_training_has(
     tokenizer.pad_token = tokenizer.eos_token
     asked = [{"role": "user", "content": "add 1+1"}]
     (document,) = encode(tokenizer, [[*asked, {"role": "assistant", "content": "2"}]])
-    lm = hf.lm(llama, tokenizer, 1)
+    lm = lm_of(llama, tokenizer, 1)
     text = lm.apply_chat_template(asked)
     assert lm.tok_encode(text) == document.ids[: document.completion]
     assert lm.tok_batch_encode([text])[0][0].tolist() == document.ids[: document.completion]
