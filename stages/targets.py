@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from distill.config import DataConfig, Origin, PretrainConfig, RunConfig, SftConfig
-from distill.config_merge import load_config
+from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
@@ -34,6 +34,8 @@ LOWEST: dict[str, float] = {
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
     r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
+    r"measure\.(samples|top_p)": ABOVE_0,
+    r"score\.loo\.few_shot": -1,
     r"measure\.throughput\.(repeats|batches.*|contexts.*)": ABOVE_0,
     r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
 }
@@ -83,6 +85,23 @@ def read_config(target: str, overrides: list[str]) -> RunConfig:
         config = load_config(RunConfig, config_path(target), overrides)
     check(config)
     return config
+
+
+def default_config(overrides: list[str]) -> RunConfig:
+    """The checked config that ``key=value`` alone make of the defaults."""
+    config = merge_config(RunConfig, [], overrides)
+    check(config)
+    return config
+
+
+def is_run(target: str) -> bool:
+    """Whether a verb's target names a CONFIG or RUN, rather than a CHECKPOINT."""
+    path = Path(target).expanduser()
+    return (
+        (path / "run.yaml").is_file()
+        or path.suffix in (".yaml", ".yml")
+        or (target in shipped_configs() and not (path / "config.json").is_file())
+    )
 
 
 def check(config: RunConfig) -> None:

@@ -55,7 +55,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.api",
         "distill",
     ),
-    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed", "eval.lm"),
+    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed", "eval.answers", "eval.local_data", "eval.suites"),
+    ("eval.lm",),
     (
         "eval.accuracy",
         "eval.loglikelihood",
@@ -75,6 +76,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.identity",
         "stages.lineage",
         "stages.targets",
+        "stages.checkpoints",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
     ("stages.submit",),
