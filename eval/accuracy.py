@@ -203,9 +203,7 @@ def _score(
         loaded = load_tasks(
             task, kind, options.local_data, options.few_shot.get(task), getattr(tokenizer, "name_or_path", "")
         )
-        lm.whole = {
-            leaf for leaf, each in loaded["tasks"].items() if (each.config.metadata or {}).get("reads_reasoning")
-        }
+        lm.whole = {leaf for leaf, each in loaded["tasks"].items() if _metadata(each).get("reads_reasoning")}
         for lm.sample in range(sampling.samples):
             found = evaluator.evaluate(
                 lm=lm,
@@ -314,6 +312,10 @@ def _name(task: str) -> str:
 def _descendants(parts: Mapping[str, list[str]], task: str) -> list[str]:
     """All tasks and groups below a group."""
     return [each for child in parts.get(task, []) for each in (child, *_descendants(parts, child))]
+
+
+def _metadata(task: Any) -> dict[str, Any]:
+    return task.config.metadata or {}
 
 
 def _by_size(group: Any) -> bool:

@@ -86,7 +86,7 @@ class Draw(LogitsProcessor):
         drawn = torch.tensor([self.numbers[row].random() for row in places], device=scores.device)
         heat = torch.tensor([self.asks[row].temperature for row in places], device=scores.device)
         kept = torch.tensor([self.asks[row].top_p for row in places], device=scores.device)
-        shares, tokens = (scores[rows] / heat[:, None]).softmax(-1).sort(-1, descending=True, stable=True)
+        shares, tokens = (scores[rows] / heat[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
         below = shares.cumsum(-1) - shares  # the mass of the likelier tokens
         shares = shares * (below < kept[:, None])
         chosen = (shares.cumsum(-1) <= (drawn * shares.sum(-1))[:, None]).sum(-1, keepdim=True)

@@ -41,7 +41,9 @@ def splits(root: Path, name: str, subset: str | None) -> dict[str, list[Path]]:
     found = [path for path in found if path.name != "dataset_infos.json" and ".cache" not in path.parts]
     mine = [path for path in found if subset in (*path.relative_to(folder).parts[:-1], path.stem)]
     if not mine and (subset or "") in PLAIN:
-        mine = [path for path in found if path.relative_to(folder).parts[:-1] in ((), ("data",))]
+        places = {path.relative_to(folder).parts[:-1] for path in found}
+        plain = places & {(), ("data",)} or (places if len(places) == 1 else set())
+        mine = [path for path in found if path.relative_to(folder).parts[:-1] in plain]
     if not mine:
         of = f" of its subset '{subset}', in {folder / subset}" if subset else f" in {folder}"
         raise UserError(f"no data of '{name}'{of}: copy Parquet or JSONL files there, named by their split")

@@ -49,27 +49,37 @@ def named(name: str, kind: str) -> str:
     return ways.get(kind, name)
 
 
-@cache
-def _manager(defaults: bool) -> Any:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
+OURS, USUAL, ALL = range(3)
+"""How many tasks a manager knows: our own, the folders of the usual suites too, all of lm-eval's."""
+FOLDERS = (
+    "mmlu/default", "mmlu/generative", "gsm8k", "hendrycks_math", "minerva_math", "aime", "gpqa", "mbpp", "humaneval",
+    "ifeval", "arc", "hellaswag", "ruler",
+)  # fmt: skip
+"""Where lm-eval has the usual suites: reading these takes a second, reading all of its tasks half a minute."""
 
-    return TaskManager(include_path=str(Path(__file__).parent / "tasks"), include_defaults=defaults)
+
+@cache
+def _manager(extent: int) -> Any:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval import tasks
+
+    theirs = [Path(tasks.__file__).parent / folder for folder in FOLDERS] if extent == USUAL else []
+    folders = [*theirs, Path(__file__).parent / "tasks"]
+    return tasks.TaskManager(include_path=folders, include_defaults=extent == ALL)
 
 
 def task_manager(names: Sequence[str]) -> Any:
-    """An lm-eval task manager that knows ``names``: our own tasks alone where that is enough (reading the many
-    thousand files of lm-eval's takes a while), otherwise all.
+    """An lm-eval task manager that knows ``names``: the smallest that does.
 
-    Raises UserError for a task that is in neither, naming the nearest.
+    Raises UserError for a task that none knows, naming the nearest.
     """
-    ours = _manager(False)
-    if all(name in ours.all_tasks for name in names):
-        return ours
-    everything = _manager(True)
+    for extent in (OURS, USUAL):
+        if all(name in _manager(extent).all_tasks for name in names):
+            return _manager(extent)
+    everything = _manager(ALL)
     for name in names:
         if name not in everything.all_tasks:
-            known = [*SUITES, *ours.all_tasks, *everything.all_tasks]
+            known = [*SUITES, *_manager(OURS).all_tasks, *everything.all_tasks]
             raise UserError(
                 f"unknown task '{name}'{nearest(name, known)}; allowed: the embedded suite (embedded_generative, "
                 f"embedded_choice), {', '.join(SUITES)}, and all of lm-eval's tasks"

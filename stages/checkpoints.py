@@ -101,6 +101,7 @@ def inputs(model: str, config: RunConfig) -> dict[str, Any]:
     }
 
 
+NONE = "-"
 UNREAD = ("allow_code_execution", "local_data", "throughput", "batch_size")
 """Keys of ``measure`` that change no answer."""
 
@@ -167,11 +168,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = [["task", *models]]
     for task in tasks:
         rows = [cells.get((task, model)) for model in models]
-        figures = [f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" if row else "–" for row in rows]
+        figures = [f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" if row else NONE for row in rows]
         lines.append([task, *figures])
         for key, called in accuracy.COUNTS.items():
             if any(row and row.get(key) for row in rows):
-                lines.append([f"  {called}", *(str(row.get(key, 0)) if row else "–" for row in rows)])
+                lines.append([f"  {called}", *(str(row.get(key, 0)) if row else NONE for row in rows)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(

@@ -89,9 +89,7 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
         "target", nargs="+", metavar="CONFIG|RUN|CHECKPOINT...", help="what to measure (see above), and key=value"
     )
     parser.add_argument("--stage", help="of a RUN: H1-5, or its number; by default the first not done")
-    parser.add_argument(
-        "--config", metavar="CONFIG|RUN", help="of CHECKPOINTs: whose tasks (default: the embedded suite)"
-    )
+    parser.add_argument("--config", metavar="CONFIG|RUN", help="of CHECKPOINTs: whose tasks (default: embedded)")
     parser.add_argument("--output", metavar="FILE", help="of CHECKPOINTs: where the records go, as JSON")
     parser.add_argument("--force", action="store_true", help="redo what was made with other inputs, and what follows")
     parser.set_defaults(overrides=[])

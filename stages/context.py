@@ -198,7 +198,7 @@ class Context:
         return {"threads": self.threads, "kernels": self.config.kernels}
 
     def measured(self) -> dict[str, Any]:
-        """What of the config decides what is measured (consent to run code changes no figure, nor where copies lie)."""
+        """What of the config decides what is measured (consent to run code and where copies lie change no figure)."""
         unread = ("allow_code_execution", "local_data")
         return {
             key: value for key, value in inputs_of(self.config.measure, LATER_MEASURED).items() if key not in unread

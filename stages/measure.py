@@ -1,4 +1,4 @@
-"""Measure accuracy and decode throughput, teacher and hybrid side by side in one run; or the accuracy of any checkpoint.
+"""Measure accuracy and throughput, teacher and hybrid side by side in one run; or the accuracy of any checkpoint.
 
     distill measure demo          (or: distill measure runs/demo --stage H1-5)
     distill measure embedded runs/demo/stages/01-H1-5 measure.limit=20 --output accuracy.json
@@ -6,9 +6,10 @@
 CONFIG or RUN: one stage of a run, accuracy through lm-eval (generative and multiple choice), throughput as batch * N /
 sum of step times. Writes ``measure/measure.json``, and the teacher's once. Interrupted, it goes on with the next task.
 
-CHECKPOINT...: one or several models, each a folder with config.json, a stage's folder, a hub name or ``embedded``. Scored
-with the tasks of ``--config`` (or the defaults) and what key=value sets, as in measure.generative=[gsm8k,math500];
-prints a table and writes the records to ``--output``. Accuracy alone: 'distill bench' measures speed.
+CHECKPOINT...: one or several models, each a folder with config.json, a stage's folder, a hub name or ``embedded``,
+scored with the tasks of ``--config`` (or the defaults) and what key=value sets, as in
+measure.generative=[gsm8k,math500]. Prints a table and writes the records to ``--output``. Accuracy alone: 'distill
+bench' measures speed.
 """
 
 from __future__ import annotations

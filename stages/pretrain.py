@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from distill.config import PretrainConfig
+from distill.config import MeasureConfig, PretrainConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
@@ -115,7 +115,7 @@ def score(output: Path) -> accuracy.Scores:
     path = output / "scores.json"
     if not path.is_file():
         model, tokenizer = load_model(str(output)), load_tokenizer(str(output))
-        scores = accuracy.evaluate(model, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100)
+        scores = accuracy.evaluate(model, tokenizer, MeasureConfig(batch_size=100))
         write_json(path, scores.record)
     record: Any = read_json(path)
     known = isinstance(record, dict) and record.keys() == {"accuracy", "by_distance"}
