@@ -154,6 +154,7 @@ class LM(HFLM):
         self._answers: dict[tuple[str, int, int], Answer] = {}
         self._unknown = beyond(self.tokenizer, model.config.get_text_config().vocab_size)
         self._asked: list[str] = []
+        self._special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each request: the text behind the reasoning, before the first stop string."""
@@ -261,13 +262,12 @@ class LM(HFLM):
     def _read(self, ask: Ask, ids: list[int], ends: list[int]) -> Answer:
         """What a row says; special tokens are left out, but not before the marks of the reasoning have been found."""
         length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-        special = self.tokenizer.all_special_tokens
-        marked = not {ask.reasoning.start, ask.reasoning.end}.isdisjoint(special)
+        marked = not {ask.reasoning.start, ask.reasoning.end}.isdisjoint(self._special)
         text = self.tokenizer.decode(ids[:length], skip_special_tokens=not marked)
         answer = answer_of(text, ask.stops, ask.reasoning, prompt=ask.text, ended=length < len(ids))
         if not marked:
             return answer
-        return replace(answer, text=re.sub("|".join(map(re.escape, special)), "", answer.text))
+        return replace(answer, text=re.sub("|".join(map(re.escape, self._special)), "", answer.text))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._asked = [request.task_name for request in requests]
