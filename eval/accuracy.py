@@ -218,7 +218,8 @@ def _score(
             assert found is not None
             passes.append(found)
     even = {group for group, each in loaded.get("groups", {}).items() if not _by_size(each)}
-    return Scores(rows_of(passes, kind, lm.tally.of, even), rows_by_distance(passes))
+    by_distance = rows_by_distance(passes) if kind == "generative" else []
+    return Scores(rows_of(passes, kind, lm.tally.of, even), by_distance)
 
 
 def rows_of(
@@ -240,15 +241,16 @@ def rows_of(
         below = [each for each in _descendants(parts, task) if not parts.get(each)] or [task]
         each = {leaf: question_values(passes, leaf) for leaf in below}
         total = sum(len(values) for values in each.values())
-        weights = {leaf: 1 / len(each) if task in even else len(values) / total for leaf, values in each.items()}
+        counted = {leaf: 1 if task in even else len(values) for leaf, values in each.items()}
+        weight = sum(counted.values())
         shares = {leaf: share(list(values.values())) for leaf, values in each.items()}
         metric, _, way = key.partition(",")
         row = {
             "task": _name(task) if kind == "generative" else task,
             "kind": kind,
             "metric": metric,
-            "value": sum(weights[leaf] * shares[leaf]["value"] for leaf in below),
-            "stderr": sum((weights[leaf] * shares[leaf]["stderr"]) ** 2 for leaf in below) ** 0.5,
+            "value": sum(counted[leaf] * shares[leaf]["value"] for leaf in below) / weight,
+            "stderr": sum((counted[leaf] * shares[leaf]["stderr"]) ** 2 for leaf in below) ** 0.5 / weight,
             "n": total,
             **counts(below),
         }
