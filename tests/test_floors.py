@@ -55,8 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.api",
         "distill",
     ),
-    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed", "eval.answers", "eval.local_data", "eval.suites"),
-    ("eval.lm",),
+    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed", "eval.answers", "eval.local_data", "eval.suites", "eval.lm"),
     (
         "eval.accuracy",
         "eval.loglikelihood",
