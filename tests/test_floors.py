@@ -55,7 +55,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.api",
         "distill",
     ),
-    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed", "eval.answers", "eval.local_data", "eval.suites", "eval.lm"),
+    (
+        "eval",
+        "eval.backends",
+        "eval.backends.*",
+        "eval.wellformed",
+        "eval.answers",
+        "eval.lm",
+        "eval.local_data",
+        "eval.suites",
+    ),
     (
         "eval.accuracy",
         "eval.loglikelihood",
