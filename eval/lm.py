@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from distill.data.boundary import beyond
@@ -153,7 +154,7 @@ class LM(HFLM):
         """Tasks whose answers keep the reasoning: they read it themselves."""
         self._answers: dict[tuple[str, int, int], Answer] = {}
         self._unknown = beyond(self.tokenizer, model.config.get_text_config().vocab_size)
-        self._asked: list[str] = []
+        self._asked: list[tuple[str, int]] = []
         self._special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -206,6 +207,7 @@ class LM(HFLM):
     def _generate_all(self, asks: list[Ask]) -> None:
         """Answer all, the longest prompts first; a batch that does not fit in memory is halved, and stays so."""
         asks = sorted(asks, key=lambda ask: (-len(ask.ids), ask.room, ask.task, ask.question, ask.sample))
+        bar = tqdm(total=len(asks), desc="generating", leave=False)
         while asks:
             batch = asks[: self.batch_size]
             try:
@@ -217,6 +219,8 @@ class LM(HFLM):
                 self._answers[ask.task, ask.question, ask.sample] = answer
                 self.tally.add(ask.task, answer)
             asks = asks[len(batch) :]
+            bar.update(len(batch))
+        bar.close()
 
     def _halve(self, error: Exception, size: int, doing: str) -> None:
         """Go on with half the batch that ran out of memory; raises ``error`` where it was something else, or one."""
@@ -270,32 +274,33 @@ class LM(HFLM):
         return replace(answer, text=re.sub("|".join(map(re.escape, self._special)), "", answer.text))
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._asked = [request.task_name for request in requests]
+        self._asked = [(request.task_name, request.doc_id) for request in requests]
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation; prompts that do not fit are cut on the left and counted."""
-        names = self._asked if len(self._asked) == len(requests) else [""] * len(requests)
-        for name, (_, context, continuation) in zip(names, requests, strict=True):
-            self.tally.prompts[name] += len(context) + len(continuation) > self.max_length + 1
+        asked = self._asked if len(self._asked) == len(requests) else [("", 0)] * len(requests)
+        sizes = [len(context) + len(continuation) for _, context, continuation in requests]
+        cut_short = {key for key, size in zip(asked, sizes, strict=True) if size > self.max_length + 1}
+        self.tally.prompts.update(task for task, _ in cut_short)
         while True:
             try:
                 found = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
                 break
             except (RuntimeError, MemoryError) as error:
                 self._halve(error, self.batch_size, "scoring choices")
-        for name, (value, _) in zip(names, found, strict=True):
+        for (task, question), (value, _) in zip(asked, found, strict=True):
             if not math.isfinite(value):
-                raise not_finite(self.name, name)
+                raise not_finite(self.name, task, question)
         return found
 
 
-def not_finite(name: str, task: str, question: int | None = None) -> UserError:
+def not_finite(name: str, task: str, question: int) -> UserError:
     """What non-finite logits end in."""
-    at = "" if question is None else f", question {question}"
     return UserError(
-        f"{name} gives logits that are not finite (NaN or infinite) in task '{task}'{at}: its weights have diverged, "
-        "or dtype is too narrow for them\ntry dtype=float32, or measure an earlier checkpoint; what was measured stands"
+        f"{name} gives logits that are not finite (NaN or infinite) in task '{task}', question {question}: its weights "
+        "have diverged, or dtype is too narrow for them\n"
+        "try dtype=float32, or measure an earlier checkpoint; what was measured stands"
     )

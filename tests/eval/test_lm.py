@@ -170,9 +170,13 @@ def test_a_generation_ends_at_the_window_and_a_longer_prompt_is_cut_and_counted(
     lm = LM(model, tokenizer, 4, Sampling())
     lm.generate_until(requests(tokenizer, ["add 1+1", "1" * 100], max_gen_toks=30_000))
     assert lm.tally.of(["task"])["cut"] == 1
-    choices = [Instance("loglikelihood", {}, ("1" * n, "2"), 0, ("choices", 0, 1)) for n in (5, 32, 33, 100)]
-    LM.loglikelihood(lm, choices)
-    assert lm.tally.of(["choices"])["cut"] == 2
+    choices = [
+        Instance("loglikelihood", {}, ("1" * n, choice), 0, ("choices", n, 1))
+        for n in (5, 32, 33, 100)
+        for choice in "23"
+    ]
+    lm.loglikelihood(choices)
+    assert lm.tally.of(["choices"])["cut"] == 2, "questions, not choices"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
