@@ -26,6 +26,7 @@ from distill.teacher import (
     trust_code,
 )  # fmt: skip
 from eval import accuracy
+from eval.scores import COUNTS
 from eval.suites import task_manager
 from eval.wellformed import problem
 from stages.common import say, set_threads
@@ -170,7 +171,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         rows = [cells.get((task, model)) for model in models]
         figures = [f"{100 * row['value']:.1f} ± {100 * row['stderr']:.1f}" if row else NONE for row in rows]
         lines.append([task, *figures])
-        for key, called in accuracy.COUNTS.items():
+        for key, called in COUNTS.items():
             if any(row and row.get(key) for row in rows):
                 lines.append([f"  {called}", *(str(row.get(key, 0)) if row else NONE for row in rows)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -31,6 +31,7 @@ from distill.teacher import check_files, load_model, load_tokenizer
 from distill.teacher import load_config as load_model_config
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
+from eval.scores import Scores
 from eval.wellformed import problem
 from stages.common import say, set_threads
 from stages.targets import check_pretrain, config_path
@@ -110,7 +111,7 @@ def train(config: PretrainConfig, output: Path) -> None:
     say(f"wrote {output}")
 
 
-def score(output: Path) -> accuracy.Scores:
+def score(output: Path) -> Scores:
     """The held-out scores of the model in ``output``: from ``scores.json``, or measured and written there."""
     path = output / "scores.json"
     if not path.is_file():
@@ -121,4 +122,4 @@ def score(output: Path) -> accuracy.Scores:
     known = isinstance(record, dict) and record.keys() == {"accuracy", "by_distance"}
     if not known or problem("measure", {**record, "throughput": []}):
         raise UserError(f"{path} is in another form: remove it, and the same command measures again")
-    return accuracy.Scores(record["accuracy"], record["by_distance"])
+    return Scores(record["accuracy"], record["by_distance"])

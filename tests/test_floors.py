@@ -61,8 +61,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eval.backends.*",
         "eval.wellformed",
         "eval.answers",
+        "eval.decoding",
         "eval.lm",
         "eval.local_data",
+        "eval.scores",
         "eval.suites",
     ),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from distill.data.families import FAMILIES
 from distill.errors import UserError
 from eval import lm as asking
 from eval import suites
-from eval.accuracy import LINE, Scores, evaluate, rows_by_distance, rows_of
+from eval.accuracy import evaluate
 from eval.answers import Tally
+from eval.scores import LINE, Scores, rows_by_distance, rows_of
 from eval.suites import ALL, OURS, USUAL, task_manager
 
 LIMIT = 8
@@ -90,10 +92,11 @@ def score(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
     """``score(knows)``: rows by task of a model that is right where ``knows(prompt)``; the network is cut off."""
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the embedded tasks must load offline")
+        raise AssertionError("neither the network nor another program (git, pip) may be asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
 
     def run(knows: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
         stub = Stub(tokenizer, knows)

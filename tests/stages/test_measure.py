@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from eval import decoding
 from eval import lm as asking
 from eval.wellformed import problem
 from stages import checkpoints
@@ -66,7 +67,7 @@ def test_the_run_that_stopped_goes_on_with_the_next_task(
     def poisoned(self: Any, batch: list[Any]) -> Any:
         seen.append(batch[0].task)
         if batch[0].task == "embedded_mod" and seen.count("embedded_mod") == 1:
-            raise asking.not_finite(self.name, "embedded_mod", 0)
+            raise decoding.not_finite(self.name, "embedded_mod", 0)
         return generate(self, batch)
 
     monkeypatch.setattr(asking.LM, "_generate", poisoned)
