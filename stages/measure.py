@@ -37,7 +37,7 @@ DONE = "tasks"
 
 
 def main(args: argparse.Namespace) -> int:
-    given = [text for text in args.target if not re.match(r"[A-Za-z_][\w.]*=", text) or Path(text).exists()]
+    given = [text for text in args.target if not re.match(r"[A-Za-z_][\w.-]*=", text) or Path(text).exists()]
     args.overrides = [*(text for text in args.target if text not in given), *args.overrides]
     runs = [text for text in given if is_run(text)]
     if not given:
