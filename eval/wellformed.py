@@ -19,7 +19,10 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
 """The lists that a record must hold (of `OPTIONAL`: may), and what each of their entries must hold."""
 OPTIONAL = ("by_distance",)
 TEXTS = ("task", "kind", "metric", "model", "name", "scorer", "start")
-COUNTS = ("block", "batch", "context", "n", "distance", "replaced", "num_blocks", "step")
+COUNTS = (
+    "block", "batch", "context", "n", "distance", "replaced", "num_blocks", "step", "truncated", "empty", "cut",
+    "samples",
+)  # fmt: skip
 FRACTIONS = ("value", "stderr")
 NUMBERS = (
     *COUNTS, *FRACTIONS, "score", "loss_start", "loss_end", "step_seconds", "step_seconds_low", "step_seconds_high",

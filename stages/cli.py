@@ -86,6 +86,18 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
 
 
+def measure_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill measure``."""
+    parser.add_argument(
+        "target", nargs="+", metavar="CONFIG|RUN|CHECKPOINT...", help="what to measure (see above), and key=value"
+    )
+    parser.add_argument("--stage", help="of a RUN: H1-5, or its number; by default the first not done")
+    parser.add_argument("--config", metavar="CONFIG|RUN", help="of CHECKPOINTs: whose tasks (default: embedded)")
+    parser.add_argument("--output", metavar="FILE", help="of CHECKPOINTs: where the records go, as JSON")
+    parser.add_argument("--force", action="store_true", help="redo what was made with other inputs, and what follows")
+    parser.set_defaults(overrides=[])
+
+
 def package_options(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``distill package``."""
     parser.add_argument("target", metavar="CHECKPOINT|RUN", help="a folder with config.json, a stage's, or a run's")
@@ -145,6 +157,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": export_options,
     "import": import_options,
     "bench": bench_options,
+    "measure": measure_options,
 }
 """Verbs with options of their own in place of a target and key=value."""
 
@@ -179,11 +192,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         sub.add_argument(
             "overrides", metavar="key=value", nargs="*", default=[], help="config values set over the file's"
         )
-        if verb in ("score", "place", "swap", "train", "measure"):
+        if verb in ("score", "place", "swap", "train"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
         if verb == "sft":
             sub.add_argument("--stage", help="H1-5, or its number; by default the last one that is distilled")
-        if verb in ("run", "score", "place", "swap", "train", "measure", "sft"):
+        if verb in ("run", "score", "place", "swap", "train", "sft"):
             sub.add_argument(
                 "--force", action="store_true", help="redo what was made with other inputs, and what follows"
             )

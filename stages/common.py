@@ -24,7 +24,8 @@ from distill.schedule import Stage
 from distill.storage import full_disk_named
 from distill.teacher import check_files, check_tokenizer, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
-from eval.accuracy import check_tasks
+from eval import accuracy
+from eval.suites import check_tasks
 from stages.context import Context, need
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
@@ -78,8 +79,9 @@ def open_run(
         sources = [entry.source for entry in config.data.mixture] or [config.data.source]
         check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
         check_data(config.data, lambda: load_tokenizer(config.teacher))
-        tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
-        check_tasks(tasks, allow_code=config.measure.allow_code_execution)
+        accuracy.check(config.measure)
+        check_tasks([config.score.loo.task], "multiple_choice", allow_code=config.measure.allow_code_execution)
+        accuracy.check_data([(config.score.loo.task, "multiple_choice")], config.measure.local_data)
         window = getattr(model, "max_position_embeddings", None) or float("inf")
         if config.measure.max_new_tokens >= window:
             raise UserError(

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from distill.config import DataConfig, Origin, PretrainConfig, RunConfig, SftConfig
-from distill.config_merge import load_config
+from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
@@ -36,6 +36,8 @@ LOWEST: dict[str, float] = {
     r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
+    r"measure\.(samples|top_p)": ABOVE_0,
+    r"score\.loo\.few_shot": -1,
     r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
@@ -84,6 +86,23 @@ def read_config(target: str, overrides: list[str]) -> RunConfig:
         config = load_config(RunConfig, config_path(target), overrides)
     check(config)
     return config
+
+
+def default_config(overrides: list[str]) -> RunConfig:
+    """The checked config that ``key=value`` alone make of the defaults."""
+    config = merge_config(RunConfig, [], overrides)
+    check(config)
+    return config
+
+
+def is_run(target: str) -> bool:
+    """Whether a verb's target names a CONFIG or RUN, rather than a CHECKPOINT."""
+    path = Path(target).expanduser()
+    return (
+        (path / "run.yaml").is_file()
+        or path.suffix in (".yaml", ".yml")
+        or (target in shipped_configs() and not (path / "config.json").is_file())
+    )
 
 
 def check(config: RunConfig) -> None:

@@ -1,6 +1,5 @@
 """Backends: one file each, which measures itself; `eval.throughput` asks the same little of all of them.
 
-``hf`` also has ``lm(model, tokenizer, batch_size) -> lm_eval LM`` for accuracy.
 """
 
 from __future__ import annotations

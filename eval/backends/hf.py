@@ -1,4 +1,4 @@
-"""The transformers backend: lm-eval's HFLM, and our own decode loop.
+"""The transformers backend: our own decode loop.
 
 On CPU a step reads a preallocated cache where it lies, with compiled attention; on a GPU the whole step is a CUDA
 graph, captured once for a batch and a capacity and replayed at every context.
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from distill.data.chat import undated
 from distill.teacher import load_model
 from eval.backends.attention import Filled, configs_of, in_place_attention
 from eval.backends.caches import InPlaceLayer, cache_bytes, fill, fixed_cache, in_place_cache, move
@@ -19,22 +18,7 @@ from eval.backends.peak import peak_of
 from eval.machine import free_memory, synchronize
 from eval.roofline import Shape
 
-__all__ = ["Decoder", "GraphDecoder", "InPlaceLayer", "Model", "in_place_cache", "lm", "open_model"]
-
-
-def lm(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """An lm-eval model around a loaded one, which is asked in the tokens that it was trained on: a chat template says
-    itself whether a BOS begins the text, and knows no other day than in training."""
-    from lm_eval.models.huggingface import HFLM
-
-    model.config.use_cache = True
-    return HFLM(
-        pretrained=model,
-        tokenizer=undated(tokenizer),
-        batch_size=batch_size,
-        device=str(model.device),
-        add_bos_token=None if tokenizer.chat_template is None else False,
-    )
+__all__ = ["Decoder", "GraphDecoder", "InPlaceLayer", "Model", "in_place_cache", "open_model"]
 
 
 class Decoder:
