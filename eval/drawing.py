@@ -36,7 +36,21 @@ MIXERS = {
 }
 SPARE_MIXERS = ("#b5543c", "#6f6bd0", "#4f8f3c", "#a8742a")
 STAGE_RAMP = ("#7566d2", "#ad52b8", "#d24f86", "#dc6250", "#d1832b")
+STEPS = {
+    "score": "#8b8420",
+    "place": "#4f8f3c",
+    "swap": "#b0588f",
+    "train": "#3577cc",
+    "merge": "#6f6bd0",
+    "measure": "#17877a",
+}
+RUNS = ("#3577cc", "#c8612d", "#17877a", "#ad52b8", "#8b8420", "#b0588f", "#6f6bd0", "#4f8f3c")
+EXTERNAL = "measured elsewhere"
+"""The run that models of a CSV are said to belong to."""
 BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "bytes": 1.0}
+
+TOLD = "value:"
+"""Before the text of an artist that `tell` was called for, where SVG has its id."""
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -95,6 +109,17 @@ def model_colours(models: Iterable[str]) -> dict[str, str]:
     return {"teacher": INK} | {model: to_hex(ramp(stages.index(of) / last)) for model, of in hybrids.items()}
 
 
+def run_colours(runs: Sequence[str]) -> dict[str, str]:
+    """Run -> colour, in the order given; models measured elsewhere are grey."""
+    own = [run for run in runs if run != EXTERNAL]
+    return {run: RUNS[i % len(RUNS)] for i, run in enumerate(own)} | {EXTERNAL: MIXERS["attention"]}
+
+
+def tell(artist: Artist, text: str) -> None:
+    """Say what ``artist`` stands for: `svg` gives it that as a title, which the page shows on hover."""
+    artist.set_gid(TOLD + " ".join(text.split()))
+
+
 def stage_of(model: str) -> str:
     """The stage behind a name: ``H1-5/10`` of ``H1-5/10-SFT``, and of itself."""
     return re.sub(r"-[A-Z]+$", "", model)
@@ -106,13 +131,18 @@ def marker(model: str) -> str:
 
 
 @styled
-def svg(figure: Figure, name: str) -> str:
-    """`figure` as inline SVG: no background, the page's fonts and ink, its own ids (by `name`), no date."""
+def svg_file(figure: Figure) -> str:
+    """`figure` as an SVG file on white, each value that was told as a title; no date."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
+    figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    return re.sub(rf'<g id="{TOLD}([^"]*)">', r'<g class="value"><title>\1</title>', text)
+
+
+def inline(text: str, name: str) -> str:
+    """An SVG file made part of a page: no background, the page's fonts and ink, its own ids (by `name`)."""
+    text = re.sub(r'<style type="text/css">.*?</style>', "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour, variable in {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}.items():
         text = text.replace(colour, f"var(--{variable}, {colour})")

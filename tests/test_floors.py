@@ -29,6 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.checkpoints",
         "distill.interrupt",
         "distill.lock",
+        "distill.machine",
+        "distill.tracking",
         "distill.weights",
     ),  # F0
     (
@@ -60,13 +62,27 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eval.accuracy",
         "eval.loglikelihood",
         "eval.throughput",
+        "eval.runs",
         "eval.pareto",
+        "eval.frames",
+        "eval.provenance",
+        "eval.external",
         "eval.drawing",
         "eval.page",
+        "eval.words",
         "eval.tasks",
         "eval.tasks.*",
     ),  # F8
-    ("eval.figures", "eval.distance", "eval.report"),
+    (
+        "eval.figures",
+        "eval.figures.*",
+        "eval.distance",
+        "eval.tables",
+        "eval.plots",
+        "eval.summary",
+        "eval.compare",
+        "eval.report",
+    ),
     (
         "stages",
         "stages.common",
