@@ -6,9 +6,8 @@ CAPTIONS = {
     "pareto": (
         "Accuracy against throughput",
         "Up and to the right is better. Filled points are on the Pareto frontier (dashed), hollow ones are "
-        "dominated. Bars are one standard error of the mean over the generative tasks; beside each hybrid "
-        "stand the training tokens spent along its lineage. From the step <code>measure</code> of the "
-        "teacher and of every stage.",
+        "dominated. Bars are one standard error of the mean over the generative tasks, and of speeds the quartiles. "
+        "From the step <code>measure</code> of the teacher and of every stage.",
     ),
     "distance": (
         "Accuracy by distance",
@@ -39,8 +38,9 @@ CAPTIONS = {
     ),
     "ranks": (
         "Importance",
-        "The number in a circle is the block; its height is its rank in the score of each stage, 1 at the top. A line "
-        "ends where its block was replaced. From the step <code>score</code>; the scores are in importance.csv.",
+        "The order of the blocks, by their numbers, in the score of each stage; the most important is at the bottom. "
+        "A line that rises or falls is a change of rank among the blocks that are left; it ends where its block was "
+        "replaced. From the step <code>score</code>; the scores are in importance.csv.",
     ),
     "throughput": (
         "Throughput against context",
@@ -48,10 +48,15 @@ CAPTIONS = {
         "its quartiles. Teacher and hybrid are timed alternately in one process; the teacher's line is the median of "
         "those runs, its band spans them all. From the step <code>measure</code>.",
     ),
+    "prefill": (
+        "Prefill",
+        "Time to the first token of a whole batch against the length of its prompts, the band its quartiles; prefill "
+        "in tokens a second is on hover and in prefill.csv. From the step <code>measure</code>.",
+    ),
     "memory": (
         "Memory against sequence length",
-        "Bytes of the whole batch: keys and values of the attention blocks, states of the others. From the "
-        "step <code>measure</code>.",
+        "Bytes of the whole batch: keys and values of the attention blocks, states of the others, and where the record "
+        "tells them weights and what a step needs beside. From the step <code>measure</code>.",
     ),
     "cost": (
         "Cost",
@@ -60,7 +65,7 @@ CAPTIONS = {
     ),
 }
 LOO = (
-    "Leave-one-out: what the teacher ({metric} {baseline}, in per cent) loses when the whole block becomes "
+    "Leave-one-out: what {model} ({metric} {baseline}, in per cent) loses when the whole block becomes "
     "the identity, with one standard error. Blocks are replaced in increasing order. "
 )
 MMR = (
@@ -70,16 +75,19 @@ MMR = (
     "{correlation}. "
 )
 PROTOCOL = (
-    "Output tokens a second of whole generations, 1 token in: <i>equal batch</i>, and where measured <i>equal "
-    "memory</i>: each model at its largest batch within the same memory. Ratios are to the teacher timed in the same "
-    "run. From the step <code>measure</code>."
+    "Output tokens a second of whole generations, 1 token in: each model at the same batch, and each at its largest "
+    "batch within the same memory. Ratios are to the teacher timed in the same run and under the same protocol; of "
+    "roofline: the part that is reached of what the machine allows. From the step <code>measure</code>."
 )
 JOINT = (
     "Accuracies in per cent, ± one standard error: the mean over the generative tasks. ● is on the Pareto frontier of "
     "all. vs teacher: against the teacher timed in the same run{protocol}; of models measured elsewhere as their file "
-    "says. Tokens count along the lineage. In full precision in stages.csv."
+    "says. Tokens count along the lineage. In full precision in {file}."
 )
-DIFFERENCES = "Keys of the resolved configs that differ; where a run lies and what it is called left out."
+DIFFERENCES = (
+    "Keys of the resolved configs that differ (where a run lacks a key, its default counts); where a run lies and what "
+    "it is called left out. In differences.csv."
+)
 COST = (
     "Tokens are those of the row's own training; wall time is of the finished steps. From <code>step.json</code> of "
     "each step; by step in cost.csv."

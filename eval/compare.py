@@ -6,11 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from distill.config import MeasureConfig, RunConfig
 from distill.errors import UserError
 from eval.drawing import EXTERNAL
 from eval.frames import stage_frame
@@ -104,8 +106,10 @@ def cautions(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
             f"These runs are not comparable: {other}. Accuracies and ratios stand each beside its own teacher; no "
             "frontier is drawn."
         )
-    measures = [_flat(measured_by(run)) for run in runs]
-    differing = sorted({key for one in measures for key in one if any(one[key] != m.get(key) for m in measures)})
+    usual = _flat(asdict(MeasureConfig()))
+    measures = [usual | _flat(measured_by(run)) for run in runs]
+    keys = {key for one in measures for key in one} - {"allow_code_execution"}
+    differing = sorted(key for key in keys if len({one.get(key, ABSENT) for one in measures}) > 1)
     if differing:
         lines.append(f"They were measured differently: measure.{', measure.'.join(differing)}.")
     return lines
@@ -113,8 +117,9 @@ def cautions(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
 
 def difference_frame(runs: Sequence[Run], labels: Sequence[str]) -> pd.DataFrame:
     """What differs between the runs' configs: a row a key, a column a run; where and under which name left out."""
-    configs = [_flat({key: value for key, value in run.config.items() if key not in PLACES}) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
+    usual = _flat(asdict(RunConfig()))  # a run of before a key was there did what its default does
+    configs = [usual | _flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key.split(".")[0] not in PLACES)
     rows = [
         [key, *(config.get(key, ABSENT) for config in configs)]
         for key in keys

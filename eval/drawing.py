@@ -57,6 +57,7 @@ STYLE = {
     "font.size": 9,
     "text.color": INK,
     "text.parse_math": False,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
@@ -166,9 +167,9 @@ def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
 
 
 def label_points(
-    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, float, str]], stairs: Sequence[Any]
+    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, float, str, str]], stairs: Sequence[Any]
 ) -> None:
-    """Write each (x, y, error, text) beside its point, clear of labels, points, bars, stairs and axes."""
+    """Write each (x, y, error, text, colour) beside its point, clear of labels, points, bars, stairs and axes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     canvas: Any = FigureCanvasAgg(figure)
@@ -176,7 +177,7 @@ def label_points(
     inside = axes.get_window_extent(renderer)
     place = axes.transData.transform
     taken = []
-    for x, y, error, _ in labels:
+    for x, y, error, *_ in labels:
         (px, low), (_, middle), (_, high) = place([(x, y - error), (x, y), (x, y + error)])
         taken.append(Bbox.from_extents(px - 5, low - 2, px + 5, high + 2))
         taken.append(Bbox.from_extents(px - 8, middle - 8, px + 8, middle + 8))
@@ -186,8 +187,8 @@ def label_points(
         taken.append(Bbox.from_extents(x0, y1 - 1, x1, y1 + 1))
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
     align = {1: ("left", "bottom"), 0: ("center", "center"), -1: ("right", "top")}
-    for x, y, _, text in labels:
-        note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, zorder=4)
+    for x, y, _, text, colour in labels:
+        note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, zorder=4, color=colour)
         note.set_linespacing(1.25)
         choices = []
         for reach in (10, 13, 16, 21, 27, 35, 45, 60, 80):

@@ -33,7 +33,7 @@ def run_markdown(run: Run, frame: pd.DataFrame, lead: str, lacks: Sequence[str],
     parts += ["## Stages", pipes(table_rows(frame, tasks_of(run)))]
     parts.append("Accuracy in per cent ± one standard error; tokens count along the lineage.")
     protocols, cost = protocol_frame(run), cost_frame(run)
-    if len(protocols):
+    if protocols["protocol"].nunique() > 1:  # one alone stands in the stage table
         parts += ["## Throughput", pipes(protocol_rows(protocols))]
     parts += [image("tasks", "Accuracy by task")] if "tasks" in figures else []
     if len(cost):

@@ -63,8 +63,9 @@ def joint_page(
     ``panels``: (section, title) of a figure -> the SVG of each run, by its label.
     """
     section, caption = captions.CAPTIONS["pareto"]
+    caption += " A colour is a run, a square a stage trained further, a triangle a model measured elsewhere."
     parts = [page.heading(section), page.figure(section, "", joint.inline if joint else {}, caption)]
-    told = captions.JOINT.format(protocol=escape(protocol(runs)))
+    told = captions.JOINT.format(protocol=escape(protocol(runs)), file="models.csv")
     parts += [page.heading("Models"), page.table(tables.joint_rows(frame), list(frame["frontier"]), told)]
     parts.append(page.heading("What differs"))
     if len(differences):
@@ -96,15 +97,15 @@ def _stages(run: Run, frame: pd.DataFrame, external: pd.DataFrame | None) -> lis
     caption = captions.TABLE.format(protocol=escape(protocol([run])), cache=_at_cache(own))
     parts = [page.heading("Stages"), page.table(tables.table_rows(own, tasks_of(run)), list(own["frontier"]), caption)]
     if external is not None and len(external):
-        told = captions.JOINT.format(protocol=escape(protocol([run])))
+        told = captions.JOINT.format(protocol=escape(protocol([run])), file="external.csv")
         parts += [
             page.heading("Measured elsewhere"),
             page.table(tables.joint_rows(external), list(external["frontier"]), told),
         ]
     protocols = protocol_frame(run)
-    if len(protocols):
+    if protocols["protocol"].nunique() > 1:  # one alone stands in the stage table
         rows = tables.protocol_rows(protocols)
-        parts += [page.heading("Throughput"), page.table(rows, [False] * len(protocols), captions.PROTOCOL)]
+        parts += [page.heading("Throughput by protocol"), page.table(rows, [False] * len(protocols), captions.PROTOCOL)]
     return parts
 
 

@@ -18,7 +18,7 @@ from eval.figures import accuracy, cost, importance, pareto, placement, speed, t
 from eval.frames import importance_frame, loss_frame, task_frame
 from eval.provenance import cost_frame
 from eval.runs import Record, Run, Stage, number
-from eval.speeds import memory_frame, throughput_frame
+from eval.speeds import machine, memory_frame, pays_from, prefill_frame, throughput_frame
 from eval.words import MINUS, PLUS_MINUS, measured, percent
 from eval.words import speed as per_second
 
@@ -59,6 +59,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     placed = [stage for stage in run.stages if stage.records["place"]]
     losses, timed, tuned = loss_frame(run), throughput_frame(run), loss_frame(run, tuned=True)
     tasks, ranked, held, spent = task_frame(run), importance_frame(run), memory_frame(run), cost_frame(run)
+    prompts = prefill_frame(run)
     distances = distance.distance_frame(run)
 
     def plot(name: str, draw: Callable[..., Figure], data: Any, ready: bool, extra: str = "") -> Plot:
@@ -73,7 +74,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     fine_tuning = plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))
     reach = escape(distance.told(distances))
     plots = [
-        plot("pareto", pareto.pareto, frame, has(frame, "ratio", "generative"), _squares(run) + _uneven(frame)),
+        plot("pareto", pareto.pareto, frame, has(frame, "ratio", "generative"), _marks(run, frame) + _uneven(frame)),
         plot("tasks", accuracy.by_task, tasks, has(tasks, "value"), _truncated(tasks)),
         *([plot("distance", distance.by_distance, distances, True, reach)] if len(distances) else []),
         plot("placement", placement.placement, placed, bool(placed)),
@@ -81,7 +82,8 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", training.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
         *([fine_tuning] if run.tuned else []),
-        plot("throughput", speed.throughput, timed, has(timed, "step_seconds")),
+        plot("throughput", speed.throughput, timed, has(timed, "step_seconds"), _rooflines(run)),
+        *([plot("prefill", speed.prefill, prompts, True)] if has(prompts, "seconds") else []),
         plot("memory", speed.memory, held, has(held, "bytes")),
     ]
     return [*plots, *([plot("cost", cost.wall_time, spent, True)] if (spent["seconds"] > 0).any() else [])]
@@ -94,8 +96,11 @@ def importance_plot(stage: Stage) -> Plot:
     told = {key: escape(str(scores.get(key, "?"))) for key in ("metric", "steps", "trainable")}
     caption, draw = "From the step <code>score</code>.", None
     if scorer == "loo":
+        model = "the teacher" if stage.index == 1 else "the model that the stage starts from"
         baseline = percent(number(scores, "baseline"), number(scores, "baseline_stderr"))
-        caption = captions.LOO.format(baseline=baseline.replace(PLUS_MINUS, f" {PLUS_MINUS} "), **told) + caption
+        caption = (
+            captions.LOO.format(model=model, baseline=baseline.replace(PLUS_MINUS, f" {PLUS_MINUS} "), **told) + caption
+        )
         draw = partial(importance.loo, stage)
     elif scorer == "mmr":
         caption = captions.MMR.format(correlation=_rank_correlation(scores), **told) + caption
@@ -106,9 +111,11 @@ def importance_plot(stage: Stage) -> Plot:
     return Plot("Importance", f"importance-{stage.index:02d}", title, caption, draw)
 
 
-def _squares(run: Run) -> str:
-    """What a square is, where there are any."""
-    return " Squares are stages trained further after distillation, in their stage's colour." if run.tuned else ""
+def _marks(run: Run, frame: pd.DataFrame) -> str:
+    """What stands beside the points, what a square is and what a triangle, where there are any."""
+    text = "" if "run" in frame else " Beside each hybrid stand the training tokens spent along its lineage."
+    text += " Squares are stages trained further after distillation, in their stage's colour." if run.tuned else ""
+    return text + (" Triangles were measured elsewhere." if (frame["stage"] < 0).any() else "")
 
 
 def _merged(run: Run) -> str:
@@ -137,6 +144,13 @@ def _rank_correlation(scores: Record) -> str:
     losses = pd.DataFrame(scores["blocks"]).reindex(columns=["loss_start", "loss_end"]).astype(float).dropna()
     rho = losses["loss_start"].rank().corr(losses["loss_end"].rank()) if len(losses) > 2 else math.nan
     return measured(rho, "{:.2f}").replace("-", MINUS)
+
+
+def _rooflines(run: Run) -> str:
+    """Whose roofline the fractions are of, and from which context a mixer pays on it."""
+    name, lines = machine(run), pays_from(run)
+    text = f" The roofline is that of {escape(name)}." if name else ""
+    return text + (f" A block is faster than attention on it: {escape('. '.join(lines))}." if lines else "")
 
 
 def _truncated(tasks: pd.DataFrame) -> str:

@@ -49,12 +49,12 @@ def verdict(frame: pd.DataFrame, keep: float = KEEP, how: str = "") -> str:
         if near["generative"] >= keep * teacher["generative"]:
             return f"{near['name']} keeps {_kept(near, teacher)}; no speed has been measured beside the teacher's yet."
         return (
-            f"No hybrid keeps {keep:.0%} of the teacher's mean generative accuracy ({base}): ship none under this "
+            f"No hybrid keeps {100 * keep:g}% of the teacher's mean generative accuracy ({base}): ship none under this "
             f"budget. The nearest is {near['name']}, which keeps {_kept(near, teacher)}{_gain(near['ratio'])}."
         )
     text = (
         f"Ship {best['name']}: it keeps {_kept(best, teacher)}{_gain(best['ratio'])}{how}{_cache(best, teacher)}. "
-        f"It is the fastest hybrid that keeps at least {keep:.4g} of the teacher's accuracy."
+        f"It is the fastest hybrid that keeps at least {100 * keep:g}% of the teacher's accuracy."
     )
     floor = keep * teacher["generative"]
     if best["generative"] - best["generative_stderr"] < floor:

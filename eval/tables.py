@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ from eval.frames import (
 )
 from eval.provenance import cost_frame, provenance_frame
 from eval.runs import Run, tasks_of
-from eval.speeds import memory_frame, protocol_frame, throughput_frame
+from eval.speeds import memory_frame, prefill_frame, protocol_frame, throughput_frame
 from eval.words import DASH, NOT_MEASURED, TIMES, duration, measured, percent, speed
 
 TERMINAL = 100
@@ -35,6 +35,7 @@ def tables_of(run: Run, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "training": loss_frame(run),
         "fine_tuning": loss_frame(run, tuned=True),
         "throughput": throughput_frame(run),
+        "prefill": prefill_frame(run),
         "protocols": protocol_frame(run),
         "memory": memory_frame(run),
         "cost": cost_frame(run),
@@ -105,24 +106,38 @@ def cost_rows(frame: pd.DataFrame) -> list[list[str]]:
 
 
 def protocol_rows(frame: pd.DataFrame) -> list[list[str]]:
-    """1 token in, N out by protocol: speed, ratio to the teacher, memory, share of the roofline."""
-    rows = [["protocol", "model", "batch", "out", "tokens/s", "vs teacher", "memory", "of roofline"]]
-    for _, row in frame.iterrows():
-        scale, unit = fitting_unit(row["bytes"], BYTES) if row["bytes"] > 0 else (1.0, "")
-        ratio = math.nan if row["model"] == "teacher" else row["ratio"]
-        rows.append(
-            [
-                str(row["protocol"]),
-                str(row["model"]),
-                f"{row['batch']:,.0f}",
-                f"{row['output_tokens']:,.0f}" if row["output_tokens"] > 0 else NOT_MEASURED,
-                speed(row["tokens_per_second"]),
-                DASH if row["model"] == "teacher" else measured(ratio, "{:.2f}" + TIMES),
-                f"{row['bytes'] / scale:,.1f} {unit}" if row["bytes"] > 0 else DASH,
-                measured(row["roofline_fraction"], "{:.0%}"),
-            ]
-        )
-    return [[*row[: -1 if frame["roofline_fraction"].isna().all() else None]] for row in rows]
+    """1 token in, N out, a row a model: for each protocol batch, speed and ratio to the teacher, and what of memory
+    and roofline is known."""
+    protocols, models = list(dict.fromkeys(frame["protocol"])), list(dict.fromkeys(frame["model"]))
+    shown = ("batch", "tokens/s", "vs teacher", "memory", "of roofline")
+    columns = {"memory": "memory_bytes", "of roofline": "roofline_fraction"}
+    heads = [
+        (protocol, key)
+        for protocol in protocols
+        for key in shown
+        if key not in columns or frame.loc[frame["protocol"] == protocol, columns[key]].notna().any()
+    ]
+    rows = [["model", *(f"{protocol}: {key}" for protocol, key in heads)]]
+    for model in models:
+        of = {row["protocol"]: row for _, row in frame[frame["model"] == model].iterrows()}
+        cells = [_protocol_cell(of[protocol], key) if protocol in of else NOT_MEASURED for protocol, key in heads]
+        rows.append([model, *cells])
+    return rows
+
+
+def _protocol_cell(row: pd.Series[Any], key: str) -> str:
+    if key == "memory" and row["memory_bytes"] > 0:
+        scale, unit = fitting_unit(row["memory_bytes"], BYTES)
+        return f"{row['memory_bytes'] / scale:,.1f} {unit}"
+    if key == "vs teacher" and row["model"] == "teacher":
+        return DASH
+    values = {
+        "batch": measured(row["batch"], "{:,.0f}"),
+        "tokens/s": speed(row["tokens_per_second"]),
+        "vs teacher": measured(row["ratio"], "{:.2f}" + TIMES),
+        "of roofline": measured(row["roofline_fraction"], "{:.0%}"),
+    }
+    return values.get(key, NOT_MEASURED)
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -154,11 +169,11 @@ def _broken(title: str, width: int) -> list[str]:
     return lines
 
 
-def _speed_cells(row: pd.Series) -> list[str]:
+def _speed_cells(row: pd.Series[Any]) -> list[str]:
     return [speed(row["tokens_per_second"]), measured(row["ratio"], "{:.2f}" + TIMES)]
 
 
-def _cost_cells(row: pd.Series) -> list[str]:
+def _cost_cells(row: pd.Series[Any]) -> list[str]:
     if row["stage"] == 0:
         return [DASH, DASH]
     minutes = DASH if row["stage"] < 0 else measured(row["minutes"], "{:,.1f}")

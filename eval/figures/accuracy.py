@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from eval.drawing import INK, MUTED, WIDE, add_legend, model_colours, stage_of, styled, tell
+from eval.drawing import INK, MUTED, PAPER, WIDE, add_legend, model_colours, stage_of, styled, tell
 
 BAR = {"wide": 0.105, "narrow": 0.085}
 """Inches that a bar must have at least, on a page and on a phone."""
@@ -37,7 +37,7 @@ def by_task(frame: pd.DataFrame, width: float = WIDE) -> Figure:
             (patch,) = axes.bar(place, value, width=0.9 * bar, color=colours[row["model"]], **_style(row["model"]))
             tell(patch, _told(row))
             if error >= 0:
-                axes.errorbar(place, value, yerr=error, color=INK, lw=0.8, capsize=1.5, capthick=0.8)
+                axes.errorbar(place, value, yerr=error, color=MUTED, lw=1, capsize=1.8, capthick=1)
         axes.set(xlim=(-0.5, per_line - 0.5), ylim=(0, 104), ylabel="accuracy (%)")
         axes.set_yticks([0, 25, 50, 75, 100])
         axes.set_xticks(range(len(here)), [task.replace("_", "_\n", 1) if len(task) > 11 else task for task in here])
@@ -51,10 +51,10 @@ def by_task(frame: pd.DataFrame, width: float = WIDE) -> Figure:
 
 def _style(model: str) -> dict[str, Any]:
     """How the bars of a model are filled: hatched where it was trained further."""
-    return {"hatch": "////", "ec": "white", "lw": 0} if stage_of(model) != model else {"lw": 0}
+    return {"hatch": "////", "ec": PAPER, "lw": 0} if stage_of(model) != model else {"lw": 0}
 
 
-def _told(row: pd.Series) -> str:
+def _told(row: pd.Series[Any]) -> str:
     """A bar's values in words: what was measured, its error, how many questions, how many were cut off."""
     error = f" ± {100 * row['stderr']:.1f}" if row["stderr"] >= 0 else ""
     asked = f", {row['n']:,.0f} questions" if row["n"] > 0 else ""

@@ -107,40 +107,41 @@ def mmr(stage: Stage, width: float = WIDE) -> Figure:
 
 @styled
 def ranks(frame: pd.DataFrame, width: float = WIDE) -> Figure:
-    """The rank of every block in the score of every stage, from `eval.frames.importance_frame`: 1 is replaced first.
+    """The order of the blocks in the score of every stage, from `eval.frames.importance_frame`.
 
-    A line ends where its block was replaced (ring); the lines of the blocks that moved most are in ink.
+    The most important stands at the bottom, so that what is replaced leaves at the top and a line that rises or falls
+    is a change of rank among the blocks that are left.
     """
     stages = list(dict.fromkeys(frame["stage"]))
-    tallest = int(frame["rank"].max())
-    size = 8 if tallest <= 26 else 6.5
-    figure = Figure(figsize=(width, 0.75 + max(0.19, 0.012 * size) * tallest), layout="constrained")
+    tallest = int(frame.groupby("stage")["rank"].max().max())
+    size = 8 if tallest <= 26 else 6
+    figure = Figure(figsize=(width, 0.8 + 0.024 * size * tallest), layout="constrained")
     axes = figure.subplots()
-    rows = {block: rows.sort_values("stage") for block, rows in frame.dropna(subset=["rank"]).groupby("block")}
-    moves = {block: rows["rank"].diff().abs().max() for block, rows in rows.items()}
-    most = {block for block, move in moves.items() if move >= 2 and move == max(moves.values())}
+    known = frame.dropna(subset=["rank"])
+    known = known.assign(place=known.groupby("stage")["rank"].transform("max") - known["rank"] + 1)
+    rows = {block: rows.sort_values("stage") for block, rows in known.groupby("block")}
+    moves = {block: points["place"].diff().abs().max() for block, points in rows.items()}
+    most = {block for block, move in moves.items() if move >= 1 and move == max(moves.values())}
     for block, points in rows.items():
         xs = [stages.index(stage) for stage in points["stage"]]
         colour, heavy = (INK, 1.8) if block in most else (MIXERS["attention"], 1.0)
-        axes.plot(xs, points["rank"], color=colour, lw=heavy, zorder=2 + (block in most))
+        axes.plot(xs, points["place"], color=colour, lw=heavy, zorder=2 + (block in most))
         for x, (_, row) in zip(xs, points.iterrows(), strict=True):
             chosen = bool(row["replaced"])
             face = mixer_colours([row["mixer"]])[row["mixer"]] if chosen else MIXERS["attention"]
-            (dot,) = axes.plot(x, row["rank"], "o", ms=1.75 * size, mfc=face, mec=face, zorder=4)
-            tell(
-                dot,
-                f"{row['name']} ({row['scorer']}): block {block}, rank {row['rank']:.0f}, "
-                f"score {row['score']:.4g}{', replaced' if chosen else ''}",
-            )
+            (dot,) = axes.plot(x, row["place"], "o", ms=1.75 * size, mfc=face, mec=face, zorder=4)
+            scored = f"{row['name']} ({row['scorer']}): block {row['block']:.0f}, rank {row['rank']:.0f}"
+            tell(dot, f"{scored}, score {row['score']:.4g}{', replaced' if chosen else ''}")
             at: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 0.85 * size, "zorder": 5}
-            axes.text(x, row["rank"], str(block), color="white", weight="bold" if chosen else "normal", **at)
+            text = f"{row['block']:.0f}"
+            axes.text(x, row["place"], text, color="white", weight="bold" if chosen else "normal", **at)
     names = [f"{part['name'].iloc[0]}\n{part['scorer'].iloc[0]}" for _, part in frame.groupby("stage", sort=False)]
     axes.set_xticks(range(len(stages)), names, color=INK)
-    axes.set(xlim=(-0.4, len(stages) - 0.6), ylim=(tallest + 0.7, 0.3), ylabel="rank (1: replaced first)")
-    axes.set_yticks([rank for rank in range(1, tallest + 1) if tallest <= 20 or rank == 1 or rank % 5 == 0])
+    axes.set(xlim=(-0.3, len(stages) - 0.7), ylim=(0.3, tallest + 0.7))
+    axes.set_yticks([1, tallest], ["most\nimportant", "least,\nreplaced\nfirst"])
     axes.tick_params(axis="x", length=0)
     axes.grid(False)
-    axes.spines["bottom"].set_visible(False)
+    axes.spines[:].set_visible(False)
     mixers = sorted(set(frame.loc[frame["replaced"], "mixer"]))
     marks = [(mixer_colours(mixers)[mixer], f"replaced by {mixer} in that stage") for mixer in mixers]
     marks.append((MIXERS["attention"], "kept"))

@@ -50,7 +50,13 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     axes.set_xlim(*roomy_limits(xs.min(), xs.max(), 0.3 * xs.max(), after=1.45 if width > 6 else 1.85))
     axes.set_ylim(*roomy_limits((ys - errors).min(), (ys + errors).max(), 6))
     low, high = axes.get_ylim()
-    axes.set_yticks([t for t in MaxNLocator(6).tick_values(low, high) if max(low, 0) <= t <= min(high, 100)])
+    axes.set_yticks(
+        [
+            t
+            for t in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            if max(low, 0) <= t <= min(high, 100)
+        ]
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     axes.xaxis.set_major_locator(MaxNLocator(7 if width > 6 else 4, steps=[1, 2, 2.5, 5, 10]))
     stairs = _stairs(axes, known)
@@ -67,7 +73,8 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
         (point,) = axes.plot(x, y, shape, ms=size, mfc=face, mec=colour, mew=1.8, zorder=3)
         tell(point, _told(row))
         spent = f"{count(row['tokens'])} tokens" if row["tokens"] >= 0 else "tokens not measured"
-        labels.append((x, y, error, short if teacher or row.get("run") == EXTERNAL else f"{short}\n{spent}"))
+        text = short if teacher or runs else f"{short}\n{spent}"
+        labels.append((x, y, error, text, colour if runs and not teacher else INK))
     if runs:
         add_legend(figure, _legend(known, runs, colours), width)
     label_points(figure, axes, labels, stairs)

@@ -29,11 +29,12 @@ from eval.drawing import (
 )
 
 TIMES = "\u00d7"
+SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 
 
 @styled
 def throughput(frame: pd.DataFrame, width: float = WIDE) -> Figure:
-    """Decoded tokens a second against context, from `eval.frames.throughput_frame`; bands are quartiles."""
+    """Decoded tokens a second against context, from `eval.speeds.throughput_frame`; bands are quartiles."""
     frame = frame.dropna(subset=["step_seconds"])
     speeds = pd.DataFrame(
         {
@@ -46,15 +47,24 @@ def throughput(frame: pd.DataFrame, width: float = WIDE) -> Figure:
 
 
 @styled
+def prefill(frame: pd.DataFrame, width: float = WIDE) -> Figure:
+    """Time to the first token against the length of the prompt, from `eval.speeds.prefill_frame`."""
+    frame = frame.dropna(subset=["seconds"])
+    scale, unit = fitting_unit(frame["seconds"].max(), SECONDS)
+    values = {name: frame[f"seconds{end}"] / scale for name, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    return _panels(frame.assign(**values), f"time to the first token ({unit})", _prefill_told, width, "prompt")
+
+
+@styled
 def memory(frame: pd.DataFrame, width: float = WIDE) -> Figure:
-    """Bytes against context, from `eval.frames.memory_frame`: filled where measured, hollow where computed."""
+    """Bytes against context, from `eval.speeds.memory_frame`: filled where measured, hollow where computed."""
     frame = frame.dropna(subset=["bytes"])
     scale, unit = fitting_unit(frame["bytes"].max(), BYTES)
-    what = "weights and cache" if frame["weights_bytes"].notna().any() else "cache"
+    what = "memory" if frame["weight_bytes"].notna().any() else "cache"
     return _panels(frame.assign(value=frame["bytes"] / scale), f"{what} ({unit})", _memory_told, width)
 
 
-def _panels(frame: pd.DataFrame, label: str, told: Callable[[Any], str], width: float) -> Figure:
+def _panels(frame: pd.DataFrame, label: str, told: Callable[[Any], str], width: float, over: str = "context") -> Figure:
     """A panel a batch; columns model, batch, context, value and perhaps low, high (a band) and computed (hollow)."""
     colours = model_colours(frame["model"].sort_values(key=lambda names: names != "teacher", kind="stable"))
     batches = sorted(frame["batch"].unique())
@@ -74,7 +84,7 @@ def _panels(frame: pd.DataFrame, label: str, told: Callable[[Any], str], width: 
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
         axes.set_title(f"batch {batch:,.0f}", color=INK, weight="bold")
-        axes.set(xlabel="context (tokens)", ylabel=label if axes.get_subplotspec().is_first_col() else "")
+        axes.set(xlabel=f"{over} (tokens)", ylabel=label if axes.get_subplotspec().is_first_col() else "")
     for axes in panels[len(batches) :]:
         axes.set_visible(False)
     names = [name for name in colours if name in set(frame["model"])]
@@ -99,10 +109,19 @@ def _line(axes: Axes, model: str, rows: pd.DataFrame, colour: str, told: Callabl
 
 def _speed_told(row: pd.Series[Any]) -> str:
     """The values of a timed shape in words."""
-    scale, unit = fitting_unit(row["step_seconds"], {"s": 1.0, "ms": 1e-3, "µs": 1e-6})
+    scale, unit = fitting_unit(row["step_seconds"], SECONDS)
     low, high = row["step_seconds_low"] / scale, row["step_seconds_high"] / scale
     text = f"{row['value']:,.0f} tokens/s, {row['step_seconds'] / scale:.3g} {unit} a step"
     text += f" (quartiles {low:.3g} to {high:.3g})" if low > 0 else ""
+    text += f", {row['ratio']:.2f}{TIMES} the teacher" if row["ratio"] > 0 and row["model"] != "teacher" else ""
+    return text + (f", {row['roofline_fraction']:.0%} of the roofline" if row["roofline_fraction"] > 0 else "")
+
+
+def _prefill_told(row: pd.Series[Any]) -> str:
+    """The values of a timed prompt in words."""
+    scale, unit = fitting_unit(row["seconds"], SECONDS)
+    text = f"first token after {row['seconds'] / scale:.3g} {unit}"
+    text += f", {row['batch'] * row['context'] / row['seconds']:,.0f} tokens/s"
     text += f", {row['ratio']:.2f}{TIMES} the teacher" if row["ratio"] > 0 and row["model"] != "teacher" else ""
     return text + (f", {row['roofline_fraction']:.0%} of the roofline" if row["roofline_fraction"] > 0 else "")
 
@@ -114,7 +133,8 @@ def _memory_told(row: pd.Series[Any]) -> str:
         scale, unit = fitting_unit(size, BYTES)
         return f"{size / scale:,.4g} {unit}"
 
-    named = {"weights": "weights_bytes", "keys and values": "kv_bytes", "states": "state_bytes", "peak": "peak_bytes"}
+    named = {"weights": "weight_bytes", "keys and values": "kv_bytes", "states": "state_bytes"}
+    named |= {"what a step needs beside them": "overhead_bytes"}
     parts = [f"{name} {sized(row[column])}" for name, column in named.items() if row[column] >= 0]
     return f"{sized(row['bytes'])}{' (computed)' if row['computed'] else ''}; {', '.join(parts)}"
 
