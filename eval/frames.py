@@ -101,15 +101,15 @@ def _cache(measure: Record, teacher: bool) -> dict[str, float]:
 
 def task_frame(run: Run) -> pd.DataFrame:
     """A row for every model and task measured: stage, model, task, kind, metric, value, stderr, n, and where the
-    record tells them ``truncated`` (generations cut off) and ``samples`` (that the value is the mean of)."""
-    columns = ["stage", "model", "task", "kind", "metric", "value", "stderr", "n", "truncated", "samples"]
+    record tells them ``samples`` (that the value is the mean of), ``truncated`` and ``empty`` generations."""
+    columns = ["stage", "model", "task", "kind", "metric", "value", "stderr", "n", "samples", "truncated", "empty"]
     measures = [(0, "teacher", run.teacher), *((s.index, s.name, s.records["measure"]) for s in run.models)]
     rows = []
     for stage, model, measure in measures:
         found = {str(entry["task"]): entry for entry in reversed((measure or {}).get("accuracy") or [])}
         rows += [{**found[task], "stage": stage, "model": model} for task in tasks_of(run) if task in found]
     frame = pd.DataFrame(rows).reindex(columns=columns)
-    return frame.astype(dict.fromkeys(("value", "stderr", "n", "truncated", "samples"), float))
+    return frame.astype(dict.fromkeys(columns[5:], float))
 
 
 def importance_frame(run: Run) -> pd.DataFrame:
@@ -127,10 +127,12 @@ def importance_frame(run: Run) -> pd.DataFrame:
             continue
         frame = pd.DataFrame(record["blocks"]).reindex(columns=columns)
         frame = frame.astype(dict.fromkeys(("score", "stderr", "loss_start", "loss_end"), float))
-        order = record.get("order")
-        known = isinstance(order, list) and sorted(map(str, order)) == sorted(map(str, frame["block"]))
-        places = {block: place for place, block in enumerate(order, start=1)} if known and order else {}
-        frame["rank"] = frame["block"].map(places) if places else frame["score"].rank(method="first")
+        told = record.get("order")
+        order = told if isinstance(told, list) and all(type(block) is int for block in told) else []
+        if set(order) == set(frame["block"]):
+            frame["rank"] = frame["block"].map({block: place for place, block in enumerate(order, start=1)})
+        else:
+            frame["rank"] = frame["score"].rank(method="first")
         mixers = (stage.records["place"] or {}).get("mixers", [])
         frame["replaced"] = frame["block"].isin(stage.added)
         frame["mixer"] = [mixers[block] if block < len(mixers) else "" for block in frame["block"].astype(int)]

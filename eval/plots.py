@@ -72,13 +72,18 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     names = [model.name for model in run.models]
     tuning = partial(training.loss, label="cross-entropy (nats a token)", models=names)
     fine_tuning = plot("tuning", tuning, tuned, has(tuned, "loss") or has(tuned, "eval_loss"), _merged(run))
+    compared = ranked.loc[ranked["rank"].notna(), "stage"].nunique() > 1
     reach = escape(distance.told(distances))
     plots = [
         plot("pareto", pareto.pareto, frame, has(frame, "ratio", "generative"), _marks(run, frame) + _uneven(frame)),
         plot("tasks", accuracy.by_task, tasks, has(tasks, "value"), _truncated(tasks)),
         *([plot("distance", distance.by_distance, distances, True, reach)] if len(distances) else []),
         plot("placement", placement.placement, placed, bool(placed)),
-        *([plot("ranks", importance.ranks, ranked, True)] if ranked["stage"].nunique() > 1 else []),
+        *(
+            [plot("ranks", importance.ranks, ranked, True)]
+            if ranked.dropna(subset=["rank"])["stage"].nunique() > 1
+            else []
+        ),
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", training.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
         *([fine_tuning] if run.tuned else []),
@@ -162,4 +167,4 @@ def _truncated(tasks: pd.DataFrame) -> str:
     if cut.empty:
         return " No generation was cut off."
     told = ", ".join(f"{row['model']} {row['task']} {row['truncated']:,.0f}" for _, row in cut.iterrows())
-    return f" Generations cut off by the length limit, which count as wrong: {escape(told)}."
+    return f" Generations cut off by the length limit: {escape(told)}."

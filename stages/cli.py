@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
 def perform(args: argparse.Namespace) -> int:
     """Do what was asked; imports come here, because they take seconds."""
     quiet()
-    from distill import interrupt, lock
+    from distill import interrupt, lock, tracking
     from distill.storage import full_disk_named
 
     try:
@@ -215,6 +215,7 @@ def perform(args: argparse.Namespace) -> int:
             return int(importlib.import_module(VERBS[args.verb]).main(args))
     finally:
         lock.release()
+        tracking.end()
 
 
 def quiet() -> None:

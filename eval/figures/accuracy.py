@@ -59,5 +59,6 @@ def _told(row: pd.Series[Any]) -> str:
     error = f" ± {100 * row['stderr']:.1f}" if row["stderr"] >= 0 else ""
     asked = f", {row['n']:,.0f} questions" if row["n"] > 0 else ""
     cut = f", {row['truncated']:,.0f} generations cut off" if row["truncated"] > 0 else ""
+    cut += f", {row['empty']:,.0f} empty" if row["empty"] > 0 else ""
     samples = f", mean of {row['samples']:.0f} samples" if row["samples"] > 1 else ""
     return f"{row['model']}, {row['task']}: {100 * row['value']:.1f}{error} %{asked}{samples}{cut}"

@@ -112,14 +112,14 @@ def ranks(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     The most important stands at the bottom, so that what is replaced leaves at the top and a line that rises or falls
     is a change of rank among the blocks that are left.
     """
+    frame = frame.dropna(subset=["rank"])
     stages = list(dict.fromkeys(frame["stage"]))
-    tallest = int(frame.groupby("stage")["rank"].max().max())
+    tallest = int(frame["rank"].max())
     size = 8 if tallest <= 26 else 6
     figure = Figure(figsize=(width, 0.8 + 0.024 * size * tallest), layout="constrained")
     axes = figure.subplots()
-    known = frame.dropna(subset=["rank"])
-    known = known.assign(place=known.groupby("stage")["rank"].transform("max") - known["rank"] + 1)
-    rows = {block: rows.sort_values("stage") for block, rows in known.groupby("block")}
+    placed = frame.assign(place=frame.groupby("stage")["rank"].transform("max") - frame["rank"] + 1)
+    rows = {block: points.sort_values("stage") for block, points in placed.groupby("block")}
     moves = {block: points["place"].diff().abs().max() for block, points in rows.items()}
     most = {block for block, move in moves.items() if move >= 1 and move == max(moves.values())}
     for block, points in rows.items():
