@@ -137,7 +137,7 @@ def svg_file(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    return re.sub(rf'<g id="{TOLD}([^"]*)">', r'<g class="value"><title>\1</title>', text)
+    return re.sub(rf"""<g id=(["']){TOLD}(.*?)\1>""", r'<g class="value"><title>\2</title>', text)
 
 
 def inline(text: str, name: str) -> str:

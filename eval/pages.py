@@ -105,7 +105,10 @@ def _stages(run: Run, frame: pd.DataFrame, external: pd.DataFrame | None) -> lis
     protocols = protocol_frame(run)
     if protocols["protocol"].nunique() > 1:  # one alone stands in the stage table
         rows = tables.protocol_rows(protocols)
-        parts += [page.heading("Throughput by protocol"), page.table(rows, [False] * len(protocols), captions.PROTOCOL)]
+        parts += [
+            page.heading("Throughput by protocol"),
+            page.table(rows, [False] * (len(rows) - 1), captions.PROTOCOL),
+        ]
     return parts
 
 

@@ -79,11 +79,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
         plot("tasks", accuracy.by_task, tasks, has(tasks, "value"), _truncated(tasks)),
         *([plot("distance", distance.by_distance, distances, True, reach)] if len(distances) else []),
         plot("placement", placement.placement, placed, bool(placed)),
-        *(
-            [plot("ranks", importance.ranks, ranked, True)]
-            if ranked.dropna(subset=["rank"])["stage"].nunique() > 1
-            else []
-        ),
+        *([plot("ranks", importance.ranks, ranked, True)] if compared else []),
         *(importance_plot(stage) for stage in run.stages),
         plot("loss", training.loss, losses, has(losses, "loss") or has(losses, "eval_loss")),
         *([fine_tuning] if run.tuned else []),

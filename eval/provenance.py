@@ -46,10 +46,8 @@ def provenance_frame(run: Run) -> pd.DataFrame:
     rows = []
     for model, step, record, _ in _steps(run):
         known = _provenance(record)
-        packages = known.get("packages")
-        listed = (
-            "; ".join(f"{name} {version}" for name, version in packages.items()) if isinstance(packages, dict) else ""
-        )
+        packages = known["packages"] if isinstance(known.get("packages"), dict) else {}
+        listed = "; ".join(f"{name} {version}" for name, version in packages.items())
         told = [str(known.get(key, "")) for key in ("finished", "host", "python")]
         rows.append([model, step, str(record.get("fingerprint", "")), *told, listed, str(known.get("command", ""))])
     return pd.DataFrame(rows, columns=PROVENANCE)

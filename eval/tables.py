@@ -115,7 +115,8 @@ def protocol_rows(frame: pd.DataFrame) -> list[list[str]]:
         (protocol, key)
         for protocol in protocols
         for key in shown
-        if key not in columns or frame.loc[frame["protocol"] == protocol, columns[key]].notna().any()
+        if (key not in columns or frame.loc[frame["protocol"] == protocol, columns[key]].notna().any())
+        and (key != "batch" or protocol != f"batch {frame.loc[frame['protocol'] == protocol, 'batch'].iloc[0]:.0f}")
     ]
     rows = [["model", *(f"{protocol}: {key}" for protocol, key in heads)]]
     for model in models:

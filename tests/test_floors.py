@@ -70,6 +70,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eval.drawing",
         "eval.page",
         "eval.words",
+        "eval.captions",
+        "eval.speeds",
         "eval.tasks",
         "eval.tasks.*",
     ),  # F8
@@ -80,6 +82,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "eval.tables",
         "eval.plots",
         "eval.summary",
+        "eval.markdown",
+        "eval.pages",
         "eval.compare",
         "eval.report",
     ),

@@ -28,8 +28,12 @@ from distill.teacher import check_files, load_tokenizer
 from distill.teacher import load_config as load_model_config
 from distill.weights import headers
 from eval import distance
-from eval.pareto import loss_frame, read_run, stage_frame, throughput_frame
-from eval.report import missing, summary, table
+from eval.frames import importance_frame, loss_frame, stage_frame, task_frame
+from eval.provenance import commands, cost_frame, provenance_frame
+from eval.report import table
+from eval.runs import read_run
+from eval.speeds import machine, memory_frame, pays_from, prefill_frame, protocol_frame, throughput_frame
+from eval.summary import missing, summary
 from stages.lineage import recorded
 from stages.targets import check, check_pretrain
 
@@ -207,6 +211,8 @@ def test_a_report_of_any_records(amount: int, tmp_path: Path) -> None:
             run = read_run(tmp_path)
             frame = stage_frame(run)
             loss_frame(run), throughput_frame(run), distance.distance_frame(run)
+            task_frame(run), importance_frame(run), cost_frame(run), provenance_frame(run), commands(run)
+            memory_frame(run), protocol_frame(run), prefill_frame(run), pays_from(run), machine(run)
             missing(run), summary(run, frame), table(tmp_path)
         finally:
             (tmp_path / file).write_text(json.dumps(RECORDS[file]) + "\n" + "{}\n" * file.endswith("l"))
