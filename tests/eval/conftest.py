@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from eval.report import write_report
-
 BLOCKS = 10
 TASKS = {"add": "generative", "recall": "generative", "chase": "generative", "embedded_choice": "multiple_choice"}
 STAGES = {5: ([1, 3, 4, 6, 8], 0.965, 1.43), 7: ([2, 7], 0.86, 1.71)}
@@ -231,10 +229,8 @@ def runs() -> Runs:
 
 @pytest.fixture(scope="session")
 def full(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its report; not to be changed."""
-    run = runs.build(tmp_path_factory.mktemp("full") / "run")
-    write_report(run)
-    return run
+    """A finished run; not to be changed."""
+    return runs.build(tmp_path_factory.mktemp("full") / "run")
 
 
 @pytest.fixture(scope="session")
@@ -248,13 +244,10 @@ def partial(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (stage / "train").rename(stage / "train.partial")
     log = stage / "train.partial" / "log.jsonl"
     log.write_text(log.read_text()[:5000])
-    write_report(run)
     return run
 
 
 @pytest.fixture(scope="session")
 def served(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose measures have all that newer ones have, with its report; not to be changed."""
-    run = runs.serve(runs.tune(runs.build(tmp_path_factory.mktemp("served") / "run"), 1, 0.98, 1.42))
-    write_report(run)
-    return run
+    """A finished run whose measures have all that newer ones have; not to be changed."""
+    return runs.serve(runs.tune(runs.build(tmp_path_factory.mktemp("served") / "run"), 1, 0.98, 1.42))

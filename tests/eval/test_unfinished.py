@@ -33,7 +33,8 @@ def test_teacher_only(runs: Any, tmp_path: Path) -> None:
 def test_a_stage_cut_short(runs: Any, partial: Path) -> None:
     (line,) = missing(read_run(partial))
     assert re.fullmatch(r"stage 2, H1-7/10: lacks train \(reached step \d+ of 200\), measure", line)
-    assert line in runs.page(partial)
+    write_report(partial)
+    assert line in runs.page(partial) and line in (partial / "report/report.md").read_text()
     row = re.findall("<tr>.*?</tr>", runs.page(partial))[3]
     cells = re.findall("<td.*?>(.*?)</td>", row)
     assert cells == [NOT_MEASURED] * (len(runs.tasks) + 6)
