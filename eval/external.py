@@ -28,14 +28,14 @@ def read_external(file: Path) -> tuple[pd.DataFrame, list[str]]:
     Raises UserError for a file that cannot be read, lacks a column or holds a value that is none.
     """
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, skipinitialspace=True)
+        cells = pd.read_csv(file, header=None, dtype=str, keep_default_na=False, skipinitialspace=True)
     except FileNotFoundError as error:
         raise UserError(f"--external: there is no file {file}") from error
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise UserError(f"--external: {file} is no CSV file: {brief(error)}; {ABOUT}") from error
-    table.columns = [str(column).strip() for column in table.columns]
-    _check_columns(file, list(table.columns))
-    table = table.rename(columns=str).apply(lambda column: column.str.strip())
+    cells = cells.apply(lambda column: column.str.strip())
+    _check_columns(file, list(cells.iloc[0]))
+    table = cells.iloc[1:].set_axis(list(cells.iloc[0]), axis=1).reset_index(drop=True)
     frame = pd.DataFrame({"name": table["name"]})
     for column in COLUMNS[1:]:
         given = table[column] if column in table else [""] * len(table)

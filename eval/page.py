@@ -112,7 +112,7 @@ PAGE = """<!doctype html>
 <main>
 {body}
 </main>
-<script>{script}</script>
+<script type="module">{script}</script>
 </body>
 </html>
 """

@@ -33,5 +33,6 @@ def best_hybrid(frame: pd.DataFrame, keep: float = KEEP) -> pd.Series[Any] | Non
     """
     floor = keep * frame["generative"].iloc[0]
     good = frame[(frame["stage"] > 0) & (frame["generative"] >= floor) & frame["ratio"].notna()]
-    good = good.sort_values(["generative", "tokens"], ascending=[True, False]).groupby("stage").tail(1)
+    good = good.sort_values(["generative", "tokens"], ascending=[True, False])
+    good = good.groupby(["run", "stage"] if "run" in good else "stage").tail(1)
     return None if good.empty else good.sort_values("ratio", kind="stable").iloc[-1]

@@ -128,7 +128,7 @@ def joint_report(
             images = Images({}, svg_file(drawn), png(drawn))
             slug = re.sub(r"[^\w.-]", "-", label)
             report.add_figure(f"{slug}-{plot.name}", images)
-            title = re.sub(r":.*", "", plot.title)
+            title = re.sub(r",.*", "", plot.title)
             panels.setdefault((plot.section, title), {})[label] = inline(images.svg, f"{number}-{plot.name}")
     differences = compare.difference_frame(runs, labels)
     report.add_table("models", frame)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (or chrome
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 
 LOOK = """
-<script>
+<script type="module">
 const seen = {}, shown = svg => svg.getBoundingClientRect().width > 0;
 const figures = [...document.querySelectorAll("figure svg")];
 seen.drawn = figures.length;
@@ -37,10 +37,7 @@ seen.tip = tip.hidden ? null : tip.textContent;
 seen.inside = place.left >= 0 && place.right <= document.documentElement.clientWidth;
 document.body.dispatchEvent(new PointerEvent("pointermove", {clientX: 1, clientY: 1, bubbles: true}));
 seen.after = tip.hidden;
-const result = document.createElement("output");
-result.id = "seen";
-result.textContent = JSON.stringify(seen);
-document.body.append(result);
+parent.postMessage(JSON.stringify(seen), "*");
 </script>
 """
 
@@ -58,13 +55,12 @@ def look(page: Path, tmp_path: Path, width: int, scheme: int = 1) -> dict[str, A
     """What the script saw in a window (a frame, for windows have a least width) of `width` pixels."""
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<body style="margin:0"><iframe src="file://{page}" style="border:0;width:{width}px;height:900px"></iframe>'
-        "<script>onload = () => { const out = frames[0].document.getElementById('seen');"
-        "document.body.append(Object.assign(document.createElement('p'), {textContent: 'SEEN' + out.textContent})) }"
-        "</script>"
+        "<body style='margin:0'><script>onmessage = event => document.body.append("
+        "Object.assign(document.createElement('p'), {textContent: 'SEEN' + event.data}))</script>"
+        f'<iframe src="file://{page}" style="border:0;width:{width}px;height:900px"></iframe>'
     )
     flags = [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
-    flags += ["--allow-file-access-from-files", f"--window-size={max(width, 600)},1000", "--dump-dom"]
+    flags += ["--virtual-time-budget=3000", f"--window-size={max(width, 600)},1000", "--dump-dom"]
     assert CHROMIUM is not None
     done = subprocess.run([CHROMIUM, *QUIET, *flags, f"file://{frame}"], capture_output=True, text=True, timeout=120)
     found = re.search(r"<p>SEEN(.*?)</p>", done.stdout)

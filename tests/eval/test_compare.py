@@ -52,7 +52,7 @@ def test_runs_of_other_teachers_are_not_comparable(full: Path, other: Path, runs
         runs.edit(file, inputs={"teacher": "another", "measure": {"limit": 50}})
     both = [read_run(full), read_run(stranger)]
     frame = joint_frame(both, ["a", "b"])
-    assert list(frame["name"])[0] == "a: teacher" and "b: teacher" in set(frame["name"])
+    assert frame["name"].iloc[0] == "a: teacher" and "b: teacher" in set(frame["name"])
     assert not frame["frontier"].any()
     first, second = cautions(both, ["a", "b"])
     assert first.startswith("These runs are not comparable: they were distilled from different teachers")
@@ -90,7 +90,7 @@ def test_the_page_of_two_runs(full: Path, partial: Path, other: Path) -> None:
     page = report.texts["report.html"]
     assert "demo is not finished" in page and "stage 2, H1-7/10: lacks train" in page
     assert '<h2 id="what-differs">' in page and "mixer.<wbr>name" in page
-    assert page.count('class="beside"') == 9, "ranks of a run with one stage are drawn for the other alone"
+    assert page.count('class="beside"') == 10
     assert {"figures/pareto.svg", "figures/demo-loss.svg", "figures/other-loss.svg"} <= report.texts.keys()
     assert {"tables/models.parquet", "tables/differences.parquet", "figures/pareto.png"} <= report.binaries.keys()
     assert "| mixer.name | mamba1 | mamba2 |" in report.texts["report.md"]
@@ -119,13 +119,17 @@ def test_speeds_elsewhere_in_tokens_a_second_are_set_against_the_teachers(full: 
 
 def test_the_page_with_models_measured_elsewhere(runs: Any, tmp_path: Path) -> None:
     run = read_run(runs.build(tmp_path / "run", stages={}, steps=3))
-    models, notes = read_external(csv(tmp_path / "m.csv", "name,accuracy,ratio\nOther,0.9,2\nNone,nan,1\n"))
+    models, notes = read_external(csv(tmp_path / "m.csv", "name,accuracy,ratio\nOther,0.9,2\nHalf,nan,1\n"))
     frame = joint_frame([run], ["demo"], models)
     report = run_report(run, frame, notes=notes)
     page = report.texts["report.html"]
-    assert "Measured elsewhere" in page and "None has no accuracy" in page and "Triangles" in page
-    assert list(pd.read_csv(pd.io.common.StringIO(report.texts["tables/external.csv"]))["name"]) == ["Other", "None"]
-    assert list(pd.read_csv(pd.io.common.StringIO(report.texts["tables/stages.csv"]))["name"]) == ["teacher"]
+    assert "Measured elsewhere" in page and "Half has no accuracy" in page and "Triangles" in page
+    assert list(pd.read_csv(pd.io.common.StringIO(report.texts["tables/external.csv"]))["name"]) == ["Other", "Half"]
+    assert list(pd.read_csv(pd.io.common.StringIO(report.texts["tables/stages.csv"]))["name"]) == [
+        "teacher",
+        "H1-5/10",
+        "H1-7/10",
+    ]
     assert list(stage_frame(run)) == list(pd.read_csv(pd.io.common.StringIO(report.texts["tables/stages.csv"])))
 
 

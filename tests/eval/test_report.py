@@ -103,7 +103,7 @@ def test_page_needs_nothing_else(runs: Any, reported: Path) -> None:
     links = [value or "" for _, attrs in tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
     assert links and all(link.startswith("#") for link in links)
     assert not {"link", "img", "iframe"} & {tag for tag, _ in tags}
-    assert [attrs for tag, attrs in tags if tag == "script"] == [{}], "one, and inline"
+    assert [attrs for tag, attrs in tags if tag == "script"] == [{"type": "module"}], "one, inline"
     assert not re.search(r"https?://(?!www\.w3\.org)", runs.page(reported))
     assert "@import" not in runs.page(reported) and not re.search(r"url\((?!#)", runs.page(reported))
 
