@@ -159,7 +159,9 @@ def png(figure: Figure) -> bytes:
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
-    columns = max(1, int(width / 1.4))
+    """A legend above the axes, in as many columns as the widest label leaves room for."""
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int((width - 0.3) / (0.55 + 0.075 * widest))))
     if figure.get_layout_engine() is None:
         figure.legend(handles=handles, loc="upper left", ncols=columns, borderaxespad=0.2, columnspacing=1.6)
     else:

@@ -123,9 +123,9 @@ def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
     for run, label in zip(runs, labels, strict=True):
         title = f"{label}: " if len(runs) > 1 else ""
         frame = provenance_frame(run)
-        parts.append(page.details(f"{title}commands", "\n".join(commands(run))))
+        parts.append(page.details(f"{title}Commands", "\n".join(commands(run))))
         config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else NOT_MEASURED
-        parts.append(page.details(f"{title}resolved config, run.yaml", config))
+        parts.append(page.details(f"{title}Resolved config, run.yaml", config))
         if len(frame):
             shown = [column for column in frame if column not in ("packages", "command") and frame[column].any()]
             rows = [shown, *frame[shown].values.tolist()]
@@ -133,7 +133,7 @@ def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
             told = f"{len(frame)} finished steps. Packages: {'; and: '.join(versions) or 'not recorded'}."
             inner = page.table(rows, [False] * len(frame), escape(told), texts=True)
             parts.append(
-                f"<details><summary>{escape(title)}steps, fingerprints and versions</summary>{inner}</details>"
+                f"<details><summary>{escape(title)}Steps, fingerprints and versions</summary>{inner}</details>"
             )
     return parts
 

@@ -128,7 +128,7 @@ def pays_from(run: Run) -> list[str]:
             f"from context {context:,} at batch {batch}" if context else f"not within a million tokens at batch {batch}"
             for batch, context in by_batch.items()
         ]
-        lines.append(f"{mixer}: {'; '.join(parts)}")
+        lines.append(f"with {mixer} {', '.join(parts)}")
     return lines
 
 

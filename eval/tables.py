@@ -91,7 +91,7 @@ def joint_rows(frame: pd.DataFrame) -> list[list[str]]:
 
 def cost_rows(frame: pd.DataFrame) -> list[list[str]]:
     """What each model cost: tokens trained on, wall time of every step, their sum, device."""
-    steps = [step for step in ("score", "swap", "train", "merge", "measure") if step in set(frame["step"])]
+    steps = [step for step in ("score", "place", "swap", "train", "merge", "measure") if step in set(frame["step"])]
     rows = [["model", "tokens", *steps, "in all", "device"]]
     for model, part in frame.groupby("model", sort=False):
         tokens, seconds = part["tokens"].max(), part.set_index("step")["seconds"]

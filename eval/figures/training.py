@@ -41,7 +41,7 @@ def loss(
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else ""))
         axes.tick_params(axis="y", which="minor", length=0, labelcolor=MUTED)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * values.max())
     axes.set(xlabel="training tokens along the lineage", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6 if width > 6 else 4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: re.sub(r"\.?0+(?=[BMK])", "", count(x))))

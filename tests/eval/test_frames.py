@@ -115,7 +115,7 @@ def test_prefill_and_memory_by_length(served: Path, full: Path) -> None:
     assert memory.loc[("teacher", 131072), "bytes"] == 2**23 + 10 * 131072 * 512 + 2**18
     assert list(memory.loc["teacher", "computed"]) == [False, False, True, True]
     assert machine(run).startswith("a CPU: 21.0 GB/s copied, 150 Gflop/s")
-    assert pays_from(run) == ["mamba1: from context 1,200 at batch 1; not within a million tokens at batch 32"]
+    assert pays_from(run) == ["with mamba1 from context 1,200 at batch 1, not within a million tokens at batch 32"]
     assert prefill_frame(read_run(full)).empty and pays_from(read_run(full)) == []
     cache = memory_frame(read_run(full)).set_index(["model", "batch", "context"])
     assert cache.loc[("teacher", 32, 2048), "bytes"] == 32 * 10 * 2048 * 512 and not cache["computed"].any()

@@ -115,9 +115,9 @@ def test_a_row_for_each_model_and_columns_for_each_protocol(served: Path, full: 
 
 def test_the_cost_of_each_model_and_of_all(full: Path) -> None:
     rows = cost_rows(cost_frame(read_run(full)))
-    assert rows[0] == ["model", "tokens", "score", "swap", "train", "measure", "in all", "device"]
+    assert rows[0] == ["model", "tokens", "score", "place", "swap", "train", "measure", "in all", "device"]
     assert rows[2] == [
-        "H1-5/10", "0.82M", "7.0 s", "21.0 s", "2.3 min", "35.0 s", "3.6 min", "a CPU, 2 cores",
+        "H1-5/10", "0.82M", "7.0 s", "14.0 s", "21.0 s", "2.3 min", "35.0 s", "3.6 min", "a CPU, 2 cores",
     ]  # fmt: skip
     assert rows[-1][:2] == ["all", "1.64M"]
 
