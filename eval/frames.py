@@ -20,8 +20,9 @@ def stage_frame(run: Run) -> pd.DataFrame:
 
     Columns: stage, name, replaced, num_blocks, parameters, ``<task>`` and ``<task>_stderr`` for each task,
     generative, multiple_choice (means over the tasks of a kind) and their ``_stderr``, tokens_per_second,
-    teacher_tokens_per_second, ratio, tokens (along the lineage), minutes, kv_bytes and state_bytes (the cache of
-    the whole batch at the largest batch and its longest context: cache_batch, cache_context), frontier.
+    teacher_tokens_per_second, ratio, tokens (along the lineage), minutes, ratio_low and ratio_high (the ratio at the
+    quartiles of its step times), kv_bytes and state_bytes (the cache of the whole batch at the largest batch and its
+    longest context: cache_batch, cache_context), frontier.
     A mean stands only if every task of its kind was measured, so that means compare like with like. If a task
     has several metrics, the first one listed counts. Accuracies are fractions.
     """
@@ -88,7 +89,18 @@ def _row(
         "tokens": number(measure, "tokens"),
         "minutes": number(measure, "minutes") if "minutes" in measure or not train else number(train, "minutes"),
     }
-    return row | _cache(measure, teacher=index == 0)
+    return row | _spread(measure, headline, teacher) | _cache(measure, teacher=index == 0)
+
+
+def _spread(measure: Record, headline: Record, teacher: float) -> dict[str, float]:
+    """The ratio of the headline at the quartiles of its step times, where the record tells them."""
+    rows = [
+        row
+        for row in (measure.get("serving") or {}).get("one_in_n_out") or []
+        if row["protocol"] == "equal_batch" and row["batch"] == headline.get("batch") and row["model"] != "teacher"
+    ]
+    found = rows[0] if rows and teacher > 0 else {}
+    return {f"ratio_{end}": number(found, f"tokens_per_second_{end}") / teacher for end in ("low", "high")}
 
 
 def _cache(measure: Record, teacher: bool) -> dict[str, float]:

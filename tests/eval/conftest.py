@@ -80,7 +80,7 @@ def serving(name: str, replaced: int, ratio: float) -> dict[str, Any]:
     for model, (h, times) in models.items():
         speed = {"output_tokens": 16384, "roofline_fraction": 0.71, "how": "sampled"}
         for batch in (1, 32):
-            rate = 250.0 * batch * times
+            rate = 8123.0 / 32 * batch * times
             rates = {"tokens_per_second": rate, "tokens_per_second_low": 0.97 * rate, "tokens_per_second_high": rate}
             rows.append({"model": model, "protocol": "equal_batch", "batch": batch, "ratio": times, **rates, **speed})
         batch = 32 * BLOCKS // (BLOCKS - h)

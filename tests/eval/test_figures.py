@@ -1,5 +1,6 @@
 """How figures are drawn: labels that stand free, colours, what an artist says on hover."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ def test_points_say_their_values(served: Path) -> None:
     assert texts[1].startswith(
         "H1-5/10: 95.5 ± 1.0 % accuracy, 1.43\u00d7 the teacher, 11,616 tokens/s, 0.82M training"
     )
+
+
+def test_speeds_have_the_bars_of_their_quartiles(served: Path, full: Path) -> None:
+    frame = stage_frame(read_run(served))
+    assert frame.loc[1, "ratio_low"] == pytest.approx(0.97 * 1.43) and math.isnan(frame.loc[0, "ratio_low"])
+    counts = [len(pareto(stage_frame(read_run(run))).axes[0].collections) for run in (served, full)]
+    assert counts == [4 + 3, 3], "accuracy of each model, and speed of each hybrid where it is known"
 
 
 def test_bars_of_every_task_and_model_with_their_errors(served: Path) -> None:

@@ -139,7 +139,7 @@ def test_csv(runs: Any, reported: Path) -> None:
     frame = pd.read_csv(reported / "report" / "tables" / "stages.csv")
     tasks = [column for task in runs.tasks for column in (task, f"{task}_stderr")]
     means = [column for kind in ("generative", "multiple_choice") for column in (kind, f"{kind}_stderr")]
-    speed = ["tokens_per_second", "teacher_tokens_per_second", "ratio", "tokens", "minutes"]
+    speed = ["tokens_per_second", "teacher_tokens_per_second", "ratio", "tokens", "minutes", "ratio_low", "ratio_high"]
     cache = ["kv_bytes", "state_bytes", "cache_batch", "cache_context"]
     first = ["stage", "name", "replaced", "num_blocks", "parameters"]
     assert list(frame) == [*first, *tasks, *means, *speed, *cache, "frontier"]
