@@ -52,15 +52,16 @@ class Report:
         self.texts[f"tables/{name}.csv"] = table.to_csv(index=False)
         self.binaries[f"tables/{name}.parquet"] = buffer.getvalue()
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, *, clear: bool) -> Path:
         """Write everything under `folder`; returns the path of the page, which is written last.
 
-        Raises UserError where that cannot be.
+        With `clear` what an earlier report left in its folders ``figures`` and ``tables`` is taken away: only where
+        the folder is ours. Raises UserError where that cannot be.
         """
         try:
             for part in ("figures", "tables"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
-                for old in (folder / part).iterdir():
+                for old in (folder / part).iterdir() if clear else []:
                     if old.suffix in OURS:
                         old.unlink()
             for name, content in self.binaries.items():
@@ -86,8 +87,8 @@ def write_report(*paths: Path, keep: float = KEEP, external: Path | None = None,
     frame = compare.joint_frame(runs, labels, others)
     if len(runs) > 1:
         report = joint_report(runs, labels, frame, keep, notes)
-        return report.write(output or compare.comparison_folder(runs))
-    return run_report(runs[0], frame, keep, notes).write(output or paths[0] / "report")
+        return report.write(output or compare.comparison_folder(runs), clear=output is None)
+    return run_report(runs[0], frame, keep, notes).write(output or paths[0] / "report", clear=output is None)
 
 
 def run_report(run: Run, frame: pd.DataFrame, keep: float = KEEP, notes: Sequence[str] = ()) -> Report:

@@ -15,7 +15,7 @@ from distill.errors import UserError
 from eval import drawing
 from eval.frames import loss_frame, stage_frame
 from eval.plots import plots_of
-from eval.report import write_report
+from eval.report import Report, write_report
 from eval.runs import read_run, tasks_of
 from eval.speeds import throughput_frame
 from eval.summary import missing
@@ -97,6 +97,13 @@ def test_what_an_earlier_report_left_is_taken_away(runs: Any, tmp_path: Path) ->
     (run / "report" / "figures" / "notes.txt").write_text("mine")
     write_report(run)
     assert not (run / "report/figures/importance-07.png").exists() and (run / "report/figures/notes.txt").exists()
+
+
+def test_nothing_is_taken_from_a_folder_of_the_users(runs: Any, tmp_path: Path) -> None:
+    (tmp_path / "paper" / "figures").mkdir(parents=True)
+    (tmp_path / "paper" / "figures" / "mine.png").write_text("mine")
+    Report({"figures/pareto.svg": "<svg/>", "report.html": ""}).write(tmp_path / "paper", clear=False)
+    assert (tmp_path / "paper/figures/mine.png").exists() and (tmp_path / "paper/figures/pareto.svg").exists()
 
 
 def test_page_needs_nothing_else(runs: Any, reported: Path) -> None:
