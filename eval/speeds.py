@@ -85,7 +85,9 @@ def memory_frame(run: Run) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for row in _served(run, "memory"):
-        rows.append({**row, "context": row["tokens"], "bytes": row.get("total_bytes"), "computed": not row["measured"]})
+        rows.append(
+            {**row, "context": row["tokens"], "bytes": row.get("total_bytes"), "computed": not row.get("measured")}
+        )
     if not rows:
         for name, measure in _measures(run):
             for row in measure.get("throughput") or []:

@@ -66,10 +66,10 @@ def protocol(runs: Sequence[Run]) -> str:
     """At which batch and length the speeds of the Pareto plot were taken, in brackets; empty where that differs or
     is not known."""
     headlines = [(model.records["measure"] or {}).get("headline") or {} for run in runs for model in run.models]
-    shapes = {(h["batch"], h["output_tokens"]) for h in headlines if "batch" in h and "output_tokens" in h}
-    if len(shapes) != 1:
+    shapes = {(h.get("batch"), h.get("output_tokens")) for h in headlines if h}
+    batch, tokens = shapes.pop() if len(shapes) == 1 else (None, None)
+    if batch is None or tokens is None:
         return ""
-    batch, tokens = shapes.pop()
     return f" (batch {batch}, 1 token in, {tokens:,} out)"
 
 

@@ -52,6 +52,8 @@ def problem(step: str, record: Any) -> str:
             return wrong
     if not isinstance(record.get("headline") or {}, dict):
         return "a headline that is no object"
+    if wrong := wrong_value(record.get("headline") or {}):
+        return wrong
     if wrong := wrong_serving(record.get("serving") or {}) if step == "measure" else "":
         return wrong
     if step == "place":

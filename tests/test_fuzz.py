@@ -174,6 +174,20 @@ RECORDS = {
             "state_bytes": 0,
         }],
         "headline": {"tokens_per_second": 5.0, "teacher_tokens_per_second": 4.0, "batch": 1, "output_tokens": 16},
+        "serving": {
+            "machine": {"name": "x", "copy_bytes_per_second": 1.0},
+            "one_in_n_out": [{
+                "model": "H1-1/2", "protocol": "equal_batch", "batch": 1, "output_tokens": 16, "how": "full",
+                "tokens_per_second": 5.0, "tokens_per_second_low": 4.0, "ratio": 1.25,
+            }],
+            "prefill": [{"model": "teacher", "batch": 1, "tokens": 16, "seconds": 0.1}],
+            "memory": [{"model": "teacher", "batch": 1, "tokens": 16, "total_bytes": 9, "measured": True}],
+            "pays_from": {"mamba1": {"1": 16}},
+        },
+    },
+    "stages/01-H1-5/measure/step.json": {
+        "fingerprint": "0", "seconds": 1.0, "inputs": {"teacher": "0", "measure": {"limit": 0}},
+        "provenance": {"host": "x", "packages": {"torch": "2"}, "device": "x", "command": "distill run x"},
     },
     "stages/01-H1-5/train/log.jsonl": {"step": 1, "loss": 0.5, "tokens": 8, "eval_loss": 0.5},
 }  # fmt: skip
