@@ -56,6 +56,7 @@ def loss_frame(run: Run, *, tuned: bool = False) -> pd.DataFrame:
         begin = total - spent if total >= spent else end  # NaN compares false
         zero = {"step": 0, "tokens": 0, "eval_loss": train.get("eval_loss_start")}
         lines = pd.DataFrame([zero, *stage.log]).reindex(columns=columns).astype(float)
+        lines = lines.replace([math.inf, -math.inf], math.nan)  # a training that diverged
         lines = lines.groupby("step").last().sort_index()
         lines["tokens"] = lines["tokens"].interpolate(method="index") + begin
         end = float(lines["tokens"].max())

@@ -15,7 +15,14 @@ from eval.runs import Record, Run, number
 
 TIMED = ["step_seconds", "step_seconds_low", "step_seconds_high", "roofline_fraction", "ratio"]
 HELD = ["weight_bytes", "kv_bytes", "state_bytes", "overhead_bytes", "bytes"]
-SPEEDS = ["tokens_per_second", "tokens_per_second_low", "tokens_per_second_high", "roofline_fraction", "ratio"]
+SPEEDS = [
+    "tokens_per_second",
+    "tokens_per_second_low",
+    "tokens_per_second_high",
+    "roofline_fraction",
+    "ratio",
+    "roofline_ratio",
+]
 PROTOCOL = ["protocol", "model", "batch", "output_tokens", *SPEEDS, "memory_bytes", "how"]
 PREFILL = ["seconds", "seconds_low", "seconds_high", "roofline_fraction", "ratio"]
 

@@ -109,8 +109,8 @@ def protocol_rows(frame: pd.DataFrame) -> list[list[str]]:
     """1 token in, N out, a row a model: for each protocol batch, speed and ratio to the teacher, and what of memory
     and roofline is known."""
     protocols, models = list(dict.fromkeys(frame["protocol"])), list(dict.fromkeys(frame["model"]))
-    shown = ("batch", "tokens/s", "vs teacher", "memory", "of roofline")
-    columns = {"memory": "memory_bytes", "of roofline": "roofline_fraction"}
+    shown = ("batch", "tokens/s", "vs teacher", "predicted", "memory", "of roofline")
+    columns = {"predicted": "roofline_ratio", "memory": "memory_bytes", "of roofline": "roofline_fraction"}
     heads = [
         (protocol, key)
         for protocol in protocols
@@ -130,12 +130,13 @@ def _protocol_cell(row: pd.Series[Any], key: str) -> str:
     if key == "memory" and row["memory_bytes"] > 0:
         scale, unit = fitting_unit(row["memory_bytes"], BYTES)
         return f"{row['memory_bytes'] / scale:,.1f} {unit}"
-    if key == "vs teacher" and row["model"] == "teacher":
+    if key in ("vs teacher", "predicted") and row["model"] == "teacher":
         return DASH
     values = {
         "batch": measured(row["batch"], "{:,.0f}"),
         "tokens/s": speed(row["tokens_per_second"]),
         "vs teacher": measured(row["ratio"], "{:.2f}" + TIMES),
+        "predicted": measured(row["roofline_ratio"], "{:.2f}" + TIMES),
         "of roofline": measured(row["roofline_fraction"], "{:.0%}"),
     }
     return values.get(key, NOT_MEASURED)

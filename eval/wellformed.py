@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ NUMBERS = (
     "cache_bytes", "kv_bytes", "state_bytes", "tokens", "minutes", "eval_loss", "eval_loss_start", "steps",
     "weight_bytes", "overhead_bytes", "total_bytes", "memory_bytes", "seconds", "seconds_low", "seconds_high",
     "roofline_fraction", "output_tokens", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
-    "ratio", "truncated", "empty", "samples",
+    "ratio", "roofline_ratio", "truncated", "empty", "samples",
 )  # fmt: skip
 """Keys whose values are texts and numbers, wherever in a record they stand; null stands for what is not known."""
 MOST = 1e18  # of a count: beyond, it is no count of anything
@@ -94,6 +95,8 @@ def wrong_value(entry: Mapping[str, Any], required: Sequence[str] = (), numbers:
             return f"{key}={brief(repr(value), 60)}, expected text"
         if key in numbers and not number:
             return f"{key}={brief(repr(value), 60)}, expected a number"
+        if key in numbers and key != "loss" and value in (math.inf, -math.inf):  # a loss may have diverged
+            return f"{key}={value!r}, expected a finite number"
         if key in COUNTS and not (key == "n") <= value <= MOST:
             return f"{key}={value!r}, expected a count"
         if key in FRACTIONS and not 0 <= value <= 1:

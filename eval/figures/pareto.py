@@ -66,7 +66,11 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
         teacher = row["stage"] == 0
         colour = INK if teacher else colours[row["run"] if runs else row["name"]]
         short = str(row.get("short", row["name"]))
-        spread = [[x - row["ratio_low"]], [row["ratio_high"] - x]] if row.get("ratio_low", math.nan) > 0 else None
+        spread = (
+            [[max(x - row["ratio_low"], 0)], [max(row["ratio_high"] - x, 0)]]
+            if row.get("ratio_low", math.nan) > 0
+            else None
+        )
         axes.errorbar(x, y, yerr=error or None, xerr=spread, color=colour, lw=1.2, capsize=3)
         shape = "^" if row.get("run") == EXTERNAL else marker(short)
         face, size = colour if row["frontier"] else PAPER, 9 if shape == "o" else 8

@@ -78,7 +78,7 @@ def serving(name: str, replaced: int, ratio: float) -> dict[str, Any]:
     models = {"teacher": (0, 1.0), name: (replaced, ratio)}
     rows = []
     for model, (h, times) in models.items():
-        speed = {"output_tokens": 16384, "roofline_fraction": 0.71, "how": "sampled"}
+        speed = {"output_tokens": 16384, "roofline_fraction": 0.71, "roofline_ratio": 1.1 * times, "how": "sampled"}
         for batch in (1, 32):
             rate = 8123.0 / 32 * batch * times
             rates = {"tokens_per_second": rate, "tokens_per_second_low": 0.97 * rate, "tokens_per_second_high": rate}

@@ -61,6 +61,14 @@ def test_steps_logged_twice_count_once(runs: Any, tmp_path: Path) -> None:
     assert list(frame["step"]) == list(range(21)) and frame["loss"].iloc[-1] == 9.0
 
 
+def test_a_loss_that_diverged_leaves_a_gap(runs: Any, tmp_path: Path) -> None:
+    run = runs.build(tmp_path / "run", {5: runs.stages[5]}, steps=20)
+    log = run / "stages" / "01-H1-5" / "train" / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 21, "loss": math.inf, "tokens": 86016}) + "\n")
+    frame = loss_frame(read_run(run))
+    assert list(frame["step"])[-1] == 21 and math.isnan(frame["loss"].iloc[-1])
+
+
 def test_throughput_has_one_teacher(full: Path) -> None:
     frame = throughput_frame(read_run(full))
     assert set(frame["model"]) == {"teacher", "H1-5/10", "H1-7/10"}

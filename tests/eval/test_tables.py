@@ -109,7 +109,7 @@ def test_a_row_for_each_model_and_columns_for_each_protocol(served: Path, full: 
         and header[-1] == "equal memory: of roofline"
     )
     assert teacher[0] == "teacher" and teacher[2] == "\u2013" and teacher[-2:] == ["1.0 GiB", "71%"]
-    assert hybrid[0] == "H1-5/10" and "1.43\u00d7" in hybrid
+    assert hybrid[0] == "H1-5/10" and {"1.43\u00d7", "1.57\u00d7"} <= set(hybrid), "measured and predicted"
     assert not any("memory" in title for title in protocol_rows(protocol_frame(read_run(full)))[0])
 
 

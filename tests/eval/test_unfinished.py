@@ -103,6 +103,11 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
             '{"accuracy": [{"task": "a", "kind": "generative", "value": NaN}], "throughput": []}',
             "value=nan, expected a fraction",
         ),
+        (
+            "teacher/measure.json",
+            '{"accuracy": [], "throughput": [], "headline": {"ratio": Infinity}}',
+            "ratio=inf, expected a finite number",
+        ),
         ("teacher/step.json", "[]", "step.json is broken, it holds no object"),
         ("run.yaml", "a: [", r"run\.yaml cannot be read"),
         ("run.yaml", "[1]", "holds a list, expected a mapping"),
