@@ -33,4 +33,4 @@ def _processor() -> str:
 def command() -> str:
     """The command line of this process as one would type it; empty where it is not ours (a test, a notebook)."""
     program = Path(sys.argv[0]).name
-    return shlex.join(["distill", *sys.argv[1:]]) if program == "distill" else ""
+    return shlex.join(["distill", *sys.argv[1:]]) if program in ("distill", "cli.py") else ""
