@@ -255,6 +255,14 @@ class SlurmConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Who else gets the training logs (TensorBoard's files are always written, ``RUN/tensorboard``)."""
+
+    wandb: str = ""
+    """Project of Weights & Biases to log to (empty: none); needs the package ``wandb``."""
+
+
+@dataclass
 class PlanConfig:
     """What ``distill plan`` assumes of a device."""
 
@@ -297,6 +305,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass

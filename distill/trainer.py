@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from distill import interrupt
+from distill import interrupt, tracking
 from distill.checkpoints import checkpoints_of, newest_good, prune, seal
 from distill.config import TrainConfig
 from distill.data.pack import IGNORE, collate
@@ -131,9 +131,10 @@ class StopWhenAsked(TrainerCallback):
 
 
 def append_line(path: Path, event: dict[str, Any]) -> None:
-    """Append one JSON line."""
+    """Append one JSON line; those who follow the run get it, too."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(event) + "\n")
+    tracking.record(path, event)
 
 
 class LanguageTrainer(Trainer):

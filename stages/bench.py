@@ -36,8 +36,8 @@ from distill.teacher import DTYPES, load_config, resolve, trust_code
 from eval import serving, shapes, throughput
 from eval.backends import NAMES, backend
 from eval.machine import THIS, free_memory, named
-from eval.pareto import read_run
 from eval.roofline import shapes_of
+from eval.runs import read_run
 from stages.common import say, set_threads
 from stages.package import place
 from stages.plan import teacher_config

@@ -150,6 +150,16 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     add("--output", default="", metavar="FILE", help="where the JSON record goes (default: the last line of output)")
 
 
+def report_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill report``."""
+    parser.add_argument("targets", metavar="CONFIG|RUN", nargs="+", help="one run or several; key=value may follow one")
+    parser.add_argument("--external", metavar="CSV", help="models measured elsewhere: name, accuracy, ratio, ...")
+    parser.add_argument(
+        "--budget", type=float, default=0.95, metavar="SHARE", help="of the teacher's accuracy, to keep (default: 0.95)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="where to write (default: report/ in the run)")
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "traces": traces_options,
     "merge": merge_options,
@@ -158,6 +168,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "import": import_options,
     "bench": bench_options,
     "measure": measure_options,
+    "report": report_options,
 }
 """Verbs with options of their own in place of a target and key=value."""
 
@@ -213,6 +224,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not argv[0].startswith("-") and argv[0] not in VERBS:
         parser.error(f"unknown verb '{argv[0]}'{_nearest(argv[0], VERBS)}; verbs: {', '.join(VERBS)}")
     args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "targets"):  # they may stand after an option, too
+        args.targets += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
     for text in rest:
         if not hasattr(args, "overrides") or "=" not in text or text.startswith("-"):
             sub = verbs[args.verb]
@@ -256,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
 def perform(args: argparse.Namespace) -> int:
     """Do what was asked; imports come here, because they take seconds."""
     quiet()
-    from distill import interrupt, lock
+    from distill import interrupt, lock, tracking
     from distill.storage import full_disk_named
 
     try:
@@ -264,6 +278,7 @@ def perform(args: argparse.Namespace) -> int:
             return int(importlib.import_module(VERBS[args.verb]).main(args))
     finally:
         lock.release()
+        tracking.end()
 
 
 def quiet() -> None:

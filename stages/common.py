@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from distill import tracking
 from distill.config import VERSION, RunConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data
@@ -74,6 +75,7 @@ def open_run(
     for block in (*named, *config.mixer.blocks):  # the mixers' options fit the teacher's shape
         hybrid_config(model, replace(attention, [block], config.mixer.of), config.mixer)
     if write:
+        tracking.check(config.tracking.wandb)
         check_device(config)
         check_files(config.teacher)
         sources = [entry.source for entry in config.data.mixture] or [config.data.source]
@@ -100,6 +102,7 @@ def open_run(
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
             hold(context.run_dir / "run.lock", str(context.run_dir))
+            tracking.begin(context.run_dir, config.name, config.tracking.wandb)
             check_finished(context, more, force=force)
             for line in unrecorded(stages):
                 say(f"warning: {line}")

@@ -1,6 +1,4 @@
-"""Backends: one file each, which measures itself; `eval.throughput` asks the same little of all of them.
-
-"""
+"""Backends: one file each, which measures itself; `eval.throughput` asks the same little of all of them."""
 
 from __future__ import annotations
 

@@ -284,6 +284,13 @@ RUNS = [
     (["sft", "demo", "run_dir={tmp}/new"], "has been distilled"),
     (["report", "{tmp}/nowhere"], "no config"),
     (["report", "demo", "run_dir={tmp}/nowhere"], "holds no records of a run"),
+    (["report", "{tmp}/run", "{tmp}/run"], "is given twice: name each run once"),
+    (["report", "{tmp}/run", "demo", "seed=1"], "seed=1 with 2 runs: of which?"),
+    (["report", "seed=1"], "which run?"),
+    (["report", "{tmp}/run", "--budget", "95"], "in (0, 1]: 95 per cent is 0.95"),
+    (["report", "{tmp}/run", "--external", "{tmp}/missing.csv"], "there is no file"),
+    (["report", "--external", "{tmp}/models.csv", "{tmp}/run"], "no column name (did you mean 'nam'?)"),
+    (["run", "{tmp}/run", "tracking.wandb=x"], "needs the package wandb"),
     (["run", "{tmp}/run", "train.steps=3"], "steps: 2 -> 3"),
     (["run", "{tmp}/run", "seed=1"], "seed: 0 -> 1"),
     (["run", "{tmp}/run", "schedule=[2]"], "put new stages at the end"),
@@ -324,6 +331,9 @@ USAGE = [
     (["traces", "--teacher", "embedded"], "--prompts"),
     (["traces", "--teacher", "embedded", "--prompts", "embedded", "--samples", "few"], "invalid int value: 'few'"),
     (["merge", "a"], "required: B"),
+    (["report"], "required: CONFIG|RUN"),
+    (["report", "demo", "--budgt", "1"], "did you mean '--budget'"),
+    (["report", "demo", "--budget", "most"], "invalid float value: 'most'"),
     (["package", "{tmp}/missing", "--output", "{tmp}/new"], "no folder"),  # more in test_package.py
 ]
 BENCH = ["bench", "{tiny}/teacher", "--output", "{tmp}/new/x.json"]
