@@ -28,6 +28,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.storage",
         "distill.checkpoints",
         "distill.interrupt",
+        "distill.launch",
+        "distill.distributed",
+        "distill.groups",
+        "distill.engine",
+        "distill.progress",
         "distill.lock",
         "distill.weights",
     ),  # F0
@@ -43,6 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distill.init", "distill.init.*"),  # F2
     ("distill.hybrid", "distill.hybrid.*"),
     ("distill.teacher", "distill.likelihood", "distill.lm_eval"),
+    ("distill.guards", "distill.sharded"),
     ("distill.trainer",),  # F5
     (
         "distill.importance",
@@ -74,6 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.failures",
         "stages.identity",
         "stages.lineage",
+        "stages.ranks",
         "stages.targets",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
