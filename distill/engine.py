@@ -27,6 +27,8 @@ FSDP = {
     "grad_op": {"reshard_after_forward": False},
     "offload": {"reshard_after_forward": True, "cpu_offload": True},
 }
+ON_CPU = {"deepspeed": "DEEPSPEED", "fsdp": "MULTI_GPU"}
+"""What Accelerate has to take a process for where there is no GPU, to use the engine at all."""
 RUNS_OWN = {"optimizer": "train.learning_rate and train.beta2", "scheduler": "train.warmup_steps", "fp16": "dtype"}
 """Parts of a DeepSpeed config that the run has keys for."""
 
@@ -172,10 +174,9 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig, dtype: str, wor
 def arguments_of(engine: EngineConfig, train: TrainConfig, dtype: str, world: int) -> dict[str, Any]:
     """What the engine adds to (or changes in) the Trainer's arguments."""
     name = engine_of(engine, world)
+    configured = {} if torch.cuda.is_available() else {"accelerator_config": {"use_configured_state": True}}
     if name == "deepspeed":
         settings = deepspeed_settings(engine, train, dtype, world)
-        on_gpu = torch.cuda.is_available()
-        configured = {} if on_gpu else {"accelerator_config": {"use_configured_state": True}}
         half = bool(settings.get("bf16", {}).get("enabled"))
         return {"deepspeed": settings, "bf16": half, "use_cpu": False, **configured}
     if name == "fsdp":
@@ -186,6 +187,7 @@ def arguments_of(engine: EngineConfig, train: TrainConfig, dtype: str, world: in
             "fsdp": True,
             "fsdp_config": {**wrap, **parts, **checkpointing},
             "activation_checkpointing": False,
+            **configured,
         }
     return {}
 
@@ -196,9 +198,12 @@ def prepare(engine: EngineConfig) -> None:
     from accelerate.utils import DistributedType
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    on_gpu = torch.cuda.is_available()
+    if engine.name in ON_CPU and not on_gpu:  # without a GPU Accelerate knows no engine but DDP
+        state = PartialState(cpu=True, backend="gloo")
+        state._shared_state["distributed_type"] = DistributedType[ON_CPU[engine.name]]
     if engine.name != "deepspeed":
         return
-    on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -208,9 +213,6 @@ def prepare(engine: EngineConfig) -> None:
         for name in deepspeed.ops.__compatible_ops__:
             deepspeed.ops.__compatible_ops__[name] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    if not on_gpu:  # without a GPU Accelerate takes a process under DeepSpeed for a single one
-        state = PartialState(cpu=True, backend="gloo")
-        state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
 
 
 def release() -> None:
@@ -220,6 +222,13 @@ def release() -> None:
 
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def wrapped_by(model: Any) -> str:
+    """The engine that a model is trained by, seen from what it was wrapped in."""
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    names = {"DeepSpeedEngine": "deepspeed", "FSDPModule": "fsdp", "DistributedDataParallel": "ddp"}
+    return next((names[kind] for kind in kinds if kind in names), "none")
 
 
 @contextmanager

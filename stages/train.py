@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from distill import distributed
 from distill.checkpoints import checkpoints_of
 from distill.data.mixture import counts_record, describe_rows
-from distill.engine import engine_of, loaded_whole, sharing, zero_stage
+from distill.engine import engine_of, loaded_whole, sharing, wrapped_by, zero_stage
 from distill.groups import describe_groups, freeze, rates_of
 from distill.mixers import set_kernels
 from distill.progress import KeepBest, KeepSteps, append_line, logged_minutes
@@ -117,6 +117,9 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
     def prepared(trainer: DistillTrainer) -> None:
         """Before the first step: the held-out loss that the training starts from, and what is trained."""
         trainers[:] = [trainer]
+        wanted, found = engine_of(config.engine, distributed.world()), wrapped_by(trainer.model_wrapped)
+        if found != wanted:
+            raise RuntimeError(f"engine {wanted} was asked for, and the model is wrapped by {found}")
         start = distributed.agreed(lambda: read_json(start_file) if start_file.is_file() else None)
         if start is None:
             start = held_out_loss()
