@@ -30,8 +30,6 @@ from distill.errors import UserError, brief
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 """What a launcher sets that makes libraries take their process for one of several."""
-LOST = 76
-"""Exit code (EX_PROTOCOL) of a job that lost one of its processes: the same command continues."""
 BEAT = 1.0
 """Seconds between signs of life."""
 Result = TypeVar("Result")
@@ -115,7 +113,9 @@ class Job:
             torch.cuda.set_device(self.local)
         me = {"host": platform.node(), "pid": os.getpid()}
         self.store.set(f"who/{self.rank}", json.dumps(me))
-        threading.Thread(target=self._live, daemon=True, name="signs of life").start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True, name="signs of life")
+        self._thread.start()
 
     # what the first process tells the others
 
@@ -128,6 +128,13 @@ class Job:
         """Have every other process end with ``code``."""
         self.store.set("end", str(code))
         self.post({"end": code})
+
+    def leave(self) -> None:
+        """Stop the signs of life and the collectives: a thread at work in them at the interpreter's end aborts it."""
+        self._over.set()
+        self._thread.join(timeout=10)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def next_task(self) -> dict[str, Any]:
         """The next task that the first process posts, whenever that is. A signal is handed on to the first process."""
@@ -181,7 +188,7 @@ class Job:
     def _live(self) -> None:
         seen: dict[int, tuple[str, float]] = {}
         ending: float | None = None
-        while True:
+        while not self._over.is_set():
             with suppress(dist.DistError):
                 self.store.set(f"beat/{self.rank}", f"{time.time()} {self.marks} {int(self.training)} {self.place}")
                 if self.store.check(["verdict"]):
@@ -191,9 +198,9 @@ class Job:
                 if self.rank and not self.idle and self.store.check(["end"]):  # the first has failed on its way
                     ending = ending or time.monotonic()
                     if time.monotonic() > ending + 10:
-                        os._exit(int(self.store.get("end")) or LOST)
+                        os._exit(int(self.store.get("end")) or interrupt.LOST)
                 self._watch(seen)
-            time.sleep(min(BEAT, self.bound / 4))
+            self._over.wait(min(BEAT, self.bound / 4))
 
     def _watch(self, seen: dict[int, tuple[str, float]]) -> None:
         """Look at the others (the first process at all, the others at the first), and give up where one is lost."""
@@ -235,7 +242,7 @@ class Job:
             os.write(2, f"\ndistill: {text}: the job ends; the same command continues\n".encode())
         sys.stdout.flush()
         time.sleep(2 * BEAT)  # the others are to read the verdict before the launcher ends them
-        os._exit(LOST)
+        os._exit(interrupt.LOST)
 
     def name(self, other: int) -> str:
         """``rank 1 (host node7, pid 123)``."""

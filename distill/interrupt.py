@@ -16,6 +16,8 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 AGAIN = 75
 """Exit code (EX_TEMPFAIL) after SIGUSR1: what was done is kept, and the same command continues."""
+LOST = 76
+"""Exit code (EX_PROTOCOL) of a job that lost one of its processes: the same command continues."""
 echo = 0.0
 """Seconds within which further signals are echoes of one: a job of several processes gets a scheduler's signal from it
 and once more from its launcher."""

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from distill.interrupt import LOST
+
 HANDED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -29,23 +31,32 @@ def hand_on(signum: int, frame: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start the processes and wait for them; their exit code (the first that failed)."""
+    """Start the processes and wait for them; their exit code, or 76 where a signal ended one, which is named."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     for number in HANDED_ON:
         signal.signal(number, hand_on)
-    given = sys.argv[1:] if argv is None else argv
     try:
-        run.main(["--signals-to-handle", "SIGINT", *given])
+        run.main(["--signals-to-handle", "SIGINT", *(sys.argv[1:] if argv is None else argv)])
     except ChildFailedError as error:
-        # torchrun ends the others with SIGTERM once one has failed: theirs are not the codes to tell
-        codes = [failure.exitcode for _, failure in sorted(error.failures.items())]
-        told = [code for code in codes if code > 0] or codes
-        if any(code < 0 for code in codes):
-            print(error, file=sys.stderr)
-        return told[0] if told[0] > 0 else 128 - told[0]
+        code, text = verdict({rank: failure.exitcode for rank, failure in error.failures.items()})
+        print(*[f"distill: {text}"] * bool(text), file=sys.stderr)
+        return code
     return 0
+
+
+def verdict(codes: dict[int, int]) -> tuple[int, str]:
+    """The exit code of a job whose processes ended with ``codes`` (by rank; negative: a signal), and what to say.
+
+    torchrun ends the others with SIGTERM once one has failed: theirs are not the codes to tell.
+    """
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    causes = {rank: code for rank, code in codes.items() if code not in ended} or codes
+    if told := [code for code in causes.values() if code > 0]:
+        return told[0], ""
+    names = ", ".join(f"rank {rank} by {signal.Signals(-code).name}" for rank, code in sorted(causes.items()))
+    return LOST, f"ended from outside: {names}; the same command continues"
 
 
 if __name__ == "__main__":

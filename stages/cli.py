@@ -220,10 +220,12 @@ def perform(args: argparse.Namespace) -> int:
 
 
 def end_job(code: int) -> None:
-    """Have the other processes of this job, if it is one of several, end with the exit code of the first."""
+    """Leave this process's job, if it has one; where it is the first, the others end with its exit code."""
     module = sys.modules.get("distill.distributed")  # whose import takes seconds, and is not needed to refuse a verb
-    if module is not None and (job := module.job()) is not None and job.rank == 0:
-        job.end(code)
+    if module is not None and (job := module.job()) is not None:
+        if job.rank == 0:
+            job.end(code)
+        job.leave()
 
 
 def quiet() -> None:

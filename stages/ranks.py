@@ -21,7 +21,7 @@ from distill.schedule import Stage
 from stages.common import open_run
 from stages.context import Context
 
-LOST = distributed.LOST
+LOST = interrupt.LOST
 TRAINS = ("run", "train")
 """Verbs that all processes have work in."""
 
