@@ -14,7 +14,7 @@ import transformers
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from distill import distributed, interrupt
+from distill import distributed, interrupt, universal
 from distill.checkpoints import checkpoints_of, newest_good, prune, seal
 from distill.config import EngineConfig, TrainConfig
 from distill.data.pack import IGNORE, collate
@@ -112,6 +112,13 @@ class LanguageTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Names of the parameters that decay: all but those in ``NO_DECAY``."""
         return [name for name, _ in model.named_parameters() if not NO_DECAY.search(name)]
+
+
+def engine_in(trainer: Trainer) -> str:
+    """What a trainer shares its work by: ``deepspeed``, ``fsdp``, ``ddp`` or ``none``."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "deepspeed" if trainer.is_deepspeed_enabled else "fsdp"
+    return "ddp" if trainer.args.world_size > 1 else "none"
 
 
 def zero3(trainer: Trainer) -> bool:
@@ -217,6 +224,7 @@ def fit(
         trainer.remove_callback(transformers.PrinterCallback)
         checkpoint = distributed.agreed(lambda: newest_good(output, lambda line: print(f"{title}: {line}", flush=True)))
         try:
+            checkpoint = universal.resumable(checkpoint, arguments, engine_in(trainer))
             with interrupt.deferred() if log is not None else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return trainer
@@ -229,6 +237,8 @@ def fit(
             trainer.accelerator.free_memory()
         finally:
             distributed.unwatch()
+            if distributed.rank() == 0:
+                universal.remove(output / universal.FOLDER)
 
 
 def _objective(

@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.groups",
         "distill.engine",
         "distill.progress",
+        "distill.universal",
         "distill.lock",
         "distill.weights",
     ),  # F0
