@@ -30,8 +30,8 @@ def test_two_processes_train_as_one(copy: Copy) -> None:
     assert second["eval_loss_end"] < second["eval_loss_start"]
     lines = [[json.loads(line) for line in (run / STAGE / "train/log.jsonl").open()] for run in (one, two)]
     for ours, theirs in zip(*lines, strict=True):
-        for key in ("step", "loss", "grad_norm", "tokens", "eval_loss"):
-            assert theirs.get(key) == pytest.approx(ours.get(key), rel=1e-3), (key, ours)
+        for key in ours.keys() - {"tokens_per_second", "minutes"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-3), (key, ours)
     assert (two / STAGE / "train/steps/000003/model.safetensors").is_file()
     start = weights(two, "swap")
     still = {name for name, tensor in weights(two).items() if tensor.equal(start[name])}
