@@ -262,7 +262,9 @@ class PlanConfig:
     device_tflops: float = 0.0
     """Peak TFLOP/s of one device (0: measure this machine)."""
     utilisation: float = 0.4
-    """Share of the peak that training reaches."""
+    """Share of the peak that training reaches (MFU)."""
+    device_memory: float = 0.0
+    """GB of one device, which a step must fit in (0: of this machine's GPU, or without one not checked)."""
 
 
 @dataclass

@@ -48,7 +48,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("distill.init", "distill.init.*"),  # F2
     ("distill.hybrid", "distill.hybrid.*"),
-    ("distill.teacher", "distill.likelihood", "distill.lm_eval", "distill.guards", "distill.sharded"),
+    (
+        "distill.teacher",
+        "distill.likelihood",
+        "distill.lm_eval",
+        "distill.guards",
+        "distill.sharded",
+        "distill.footprint",
+    ),
     ("distill.trainer",),  # F5
     (
         "distill.importance",
