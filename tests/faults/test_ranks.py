@@ -1,5 +1,5 @@
-"""kill -9 of one process of two, and of the whole job, at seeded random moments of a training by two processes; then the
-same command again, to the bits of the training that was left alone. A process that hangs is named, in bounded time.
+"""kill -9 of one process of two, and of the whole job, at seeded random moments of a training by two processes; then
+the same command again, to the bits of the training that was left alone. A process that hangs is named, in bounded time.
 
 Environment: FAULTS_RANK_KILLS (how many kills, by default 9), FAULTS_SEED.
 """
@@ -91,7 +91,7 @@ def test_processes_killed_anywhere(alone: Path, swapped: Path, tmp_path: Path) -
             assert f"{victim} by SIGKILL" in run.with_name(run.name + ".log").read_text()
         assert time.monotonic() - began < 60
         hits[victim] += 1
-        whole = [path for path in checkpoints_of(run / STAGE / "train.partial/checkpoints").values()]
+        whole = list(checkpoints_of(run / STAGE / "train.partial/checkpoints").values())
         assert all(fault(path) is None for path in whole), "a checkpoint with a name is whole"
     assert start(run).wait() == 0, run.with_name(run.name + ".log").read_text()[-3000:]
     print(f"\n{dict(hits)} killed over {number + 1} run folders, all ended with the bits of the one left alone")
