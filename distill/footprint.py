@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill.config import EngineConfig, RunConfig
+from distill.config import RunConfig
 from distill.engine import engine_of, offloaded, zero_stage
 from distill.hybrid.config import head_dim
 
@@ -116,23 +116,23 @@ def footprint(config: RunConfig, shape: Any, mixers: list[str], counts: Counts, 
 def alternatives(config: RunConfig, processes: int) -> list[tuple[str, RunConfig, int]]:
     """Ways to less memory a device, those that cost least first: what to set, the config with it, the processes."""
     train, engine = config.train, config.engine
-    found: list[tuple[str, RunConfig, int]] = []
-    if not train.gradient_checkpointing:
-        tried = replace(config, train=replace(train, gradient_checkpointing=True))
-        found.append(("train.gradient_checkpointing=true", tried, processes))
-    rows = train.batch_size // processes
-    if rows > train.gradient_accumulation:
-        tried = replace(config, train=replace(train, gradient_accumulation=rows))
-        found.append((f"train.gradient_accumulation={rows}", tried, processes))
-    for name in ("zero2", "zero3", "zero3_offload"):
-        tried = replace(config, engine=replace(engine, name="deepspeed", config=name))
-        tried = replace(tried, train=replace(train, gradient_checkpointing=True))
-        more = "" if train.gradient_checkpointing else " train.gradient_checkpointing=true"
-        found.append((f"engine.name=deepspeed engine.config={name}{more}", tried, processes))
-    lean = replace(config, engine=EngineConfig("deepspeed", "zero3"))
+    rows = max(train.batch_size // processes, 1)
+    lean = replace(train, gradient_checkpointing=True, gradient_accumulation=rows)
+    checkpointing, accumulation = "train.gradient_checkpointing=true", f"train.gradient_accumulation={rows}"
+    steps = {
+        checkpointing: replace(train, gradient_checkpointing=True),
+        accumulation: replace(train, gradient_accumulation=rows),
+        f"{checkpointing} {accumulation}": lean,
+    }
+    found = [(name, replace(config, train=tried), processes) for name, tried in steps.items() if tried != train]
+    for name in ("zero2", "zero3", "zero3_offload") if processes > 1 else ("zero3_offload",):
+        shared = replace(config, engine=replace(engine, name="deepspeed", config=name))
+        found.append((f"engine.name=deepspeed engine.config={name}", shared, processes))
+        more = f"engine.name=deepspeed engine.config={name} {checkpointing} {accumulation}"
+        found.append((more, replace(shared, train=lean), processes))
     for times in (2, 4, 8, 16, 32, 64):
-        tried = replace(lean, train=replace(train, gradient_checkpointing=True))
         if train.batch_size % (processes * times * train.gradient_accumulation) == 0:
-            name = f"{processes * times} devices with engine.name=deepspeed engine.config=zero3"
-            found.append((name, tried, processes * times))
+            shared = replace(config, engine=replace(engine, name="deepspeed", config="zero3"))
+            name = f"{processes * times} devices with engine.name=deepspeed engine.config=zero3 {checkpointing}"
+            found.append((name, replace(shared, train=steps[checkpointing]), processes * times))
     return found

@@ -228,7 +228,7 @@ def fit(
         trainer.remove_callback(transformers.PrinterCallback)
         checkpoint = distributed.agreed(lambda: newest_good(output, lambda line: print(f"{title}: {line}", flush=True)))
         try:
-            checkpoint = universal.resumable(checkpoint, arguments, engine_in(trainer))
+            checkpoint = universal.resumable(checkpoint, model, arguments, engine_in(trainer))
             with interrupt.deferred() if log is not None else nullcontext():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return trainer

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from distill import distributed
 from distill.errors import UserError, brief
+from distill.records import read_json
 
 FOLDER = "universal"
 """Beside the checkpoints; it goes when the training has begun."""
@@ -35,13 +36,28 @@ def kind_of(checkpoint: Path) -> str:
     return "fsdp" if any(checkpoint.glob("optimizer*.bin")) or any(checkpoint.glob("*_0/.metadata")) else "plain"
 
 
-def resumable(checkpoint: Path | None, arguments: TrainingArguments, engine: str) -> Path | None:
+def check_placement(checkpoint: Path, model: Any) -> None:
+    """Raise UserError where a checkpoint is that of another placement than the model has."""
+    ours = getattr(model.config, "mixers", None)
+    file = checkpoint / "config.json"
+    theirs = read_json(file).get("mixers") if file.is_file() else ours
+    if theirs != ours:
+        differ = [number for number, (a, b) in enumerate(zip(theirs or [], ours or [], strict=False)) if a != b]
+        raise UserError(
+            f"{checkpoint} is of another placement: block{'s' * (len(differ) != 1)} "
+            f"{', '.join(map(str, differ)) or '(another number)'} have other mixers than the model that is trained\n"
+            "remove its folder to begin this training anew, or take another run_dir"
+        )
+
+
+def resumable(checkpoint: Path | None, model: Any, arguments: TrainingArguments, engine: str) -> Path | None:
     """The folder to resume from: ``checkpoint``, or what was made of it for this number of processes.
 
-    Every process has to ask. Raises UserError for the checkpoint of another engine.
+    Every process has to ask. Raises UserError for the checkpoint of another placement or another engine.
     """
     if checkpoint is None:
         return None
+    distributed.agreed(lambda: check_placement(checkpoint, model))
     if (found := distributed.agreed(lambda: kind_of(checkpoint))) != (
         wanted := engine if engine in ("deepspeed", "fsdp") else "plain"
     ):

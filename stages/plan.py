@@ -36,6 +36,8 @@ from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.targets import read_config
 
 GB = 1e9
+SPARE = 0.9
+"""Share of a device's memory that what is proposed may take: what is estimated can be more."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def memory_lines(config: RunConfig, teacher: Any, mixers: list[str], devices: in
         ways = []
         for name, other, processes in alternatives(config, devices):
             size = footprint(other, teacher, mixers, counts, processes).at_once
-            ways += [f"{name} ({size / GB:,.3g} GB)"] if size <= room else []
+            ways += [f"{name} ({size / GB:,.3g} GB)"] if size <= SPARE * room else []
         raise UserError(
             f"a step takes {found.at_once / GB:,.3g} GB on each of {devices} devices ({named}), which have "
             f"{room / GB:,.3g} GB: {parts}\n"
