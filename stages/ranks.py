@@ -13,6 +13,8 @@ import importlib
 import sys
 import time
 
+import torch
+
 from distill import distributed, interrupt
 from distill.config import RunConfig
 from distill.engine import check_engine, engine_of
@@ -32,6 +34,11 @@ def check_job(config: RunConfig, verb: str) -> None:
     if verb not in TRAINS:
         return
     check_engine(config.engine, config.train, config.dtype, world)
+    if config.engine.name == "fsdp" and not torch.cuda.is_available() and config.kernels != "reference":
+        raise UserError(
+            f"engine.name=fsdp on a CPU with kernels={config.kernels}: compiled kernels hold on to memory that FSDP2 gives "
+            "back; set kernels=reference, or engine.name=ddp"
+        )
     if engine_of(config.engine, world) in ("deepspeed", "fsdp") and distributed.job() is None:
         raise UserError(
             f"engine.name={config.engine.name} shares a training among processes, and this is none that a launcher "

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 
 from distill.launch import verdict
 from stages.cli import main
-from tests.distributed.conftest import STAGE, apart, train, weights
+from tests.distributed.conftest import ROOT, STAGE, apart, command, environment, train, weights
 
 Copy = Callable[[str], Path]
 
@@ -61,5 +65,26 @@ def test_exit_codes() -> None:
 
 
 def test_engines_that_need_a_launcher_say_so(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(copy("run")), "engine.name=fsdp"]) == 2
+    assert main(["train", str(copy("run")), "engine.name=fsdp", "kernels=reference"]) == 2
     assert "torchrun --nproc-per-node" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["full", "grad_op", "offload"])
+def test_fsdp_trains_as_one_process_and_goes_on(swapped: Path, tmp_path: Path, config: str) -> None:
+    """Stopped by SIGUSR1 on the way, it goes on from its own checkpoint."""
+    given = str(swapped.with_name("tiny.yaml"))
+    for verb in ("score", "place", "swap"):
+        assert main([verb, given, f"run_dir={tmp_path}/one", "kernels=reference"]) == 0
+    two = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"))
+    assert main(["train", str(tmp_path / "one")]) == 0
+    options = ("engine.name=fsdp", f"engine.config={config}", "train.save_steps=2")
+    process = subprocess.Popen(command(2, two, *options), cwd=ROOT, env=environment())
+    while not (two / STAGE / "train.partial/checkpoints/checkpoint-2").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(120) == 75
+    code, said = train(2, two, *options)
+    assert code == 0 and "continuing from" in said, said
+    assert apart(tmp_path / "one", two) < 1e-4
