@@ -99,7 +99,9 @@ class LanguageTrainer(Trainer):
         """The weights where they are in parts, brought together on the first process (every process has to ask);
         None where each process has them whole."""
         if self.is_fsdp_enabled or (self.is_deepspeed_enabled and zero3(self)):
-            return self.accelerator.get_state_dict(self.model_wrapped)
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+            tied = self.model.all_tied_weights_keys  # brought together, each is a tensor of its own
+            return {name: tensor for name, tensor in state.items() if name not in tied} if state else {}
         return None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

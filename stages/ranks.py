@@ -36,8 +36,8 @@ def check_job(config: RunConfig, verb: str) -> None:
     check_engine(config.engine, config.train, config.dtype, world)
     if config.engine.name == "fsdp" and not torch.cuda.is_available() and config.kernels != "reference":
         raise UserError(
-            f"engine.name=fsdp on a CPU with kernels={config.kernels}: compiled kernels hold on to memory that FSDP2 gives "
-            "back; set kernels=reference, or engine.name=ddp"
+            f"engine.name=fsdp on a CPU with kernels={config.kernels}: compiled kernels hold on to memory that FSDP2 "
+            "gives back; set kernels=reference, or engine.name=ddp"
         )
     if engine_of(config.engine, world) in ("deepspeed", "fsdp") and distributed.job() is None:
         raise UserError(
