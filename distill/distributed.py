@@ -113,6 +113,7 @@ class Job:
             torch.cuda.set_device(self.local)
         me = {"host": platform.node(), "pid": os.getpid()}
         self.store.set(f"who/{self.rank}", json.dumps(me))
+        self._stuck: tuple[tuple[int, ...] | None, float] = (None, 0.0)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True, name="signs of life")
         self._thread.start()
@@ -220,7 +221,7 @@ class Job:
             self._stuck = (None, now)
             return
         state = tuple(marks for marks, _, _ in found.values())
-        if getattr(self, "_stuck", (None, 0.0))[0] != state:
+        if self._stuck[0] != state:
             self._stuck = (state, now)
         elif now - self._stuck[1] > self.bound:
             last = min(state)
@@ -230,8 +231,6 @@ class Job:
                 self._judge(f"no process has come any further for {self.bound:g} s, all of them at {places}")
             names = ", ".join(f"{self.name(other)} (at {found[other][2]})" for other in behind[:4])
             self._judge(f"{names} came no further for {self.bound:g} s, and the others wait for it")
-
-    _stuck: tuple[tuple[int, ...] | None, float] = (None, 0.0)
 
     def _judge(self, text: str) -> None:
         self.store.set("verdict", text)
