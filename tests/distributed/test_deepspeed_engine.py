@@ -67,8 +67,12 @@ def test_goes_on_by_another_number_of_processes(one: Path, copy: Copy, config: s
     assert apart(one, run) < 1e-4
 
 
-def test_bfloat16_trains_on_float32_weights(copy: Copy) -> None:
-    run = copy("run")
-    code, said = train(2, run, *OPTIONS, "engine.name=deepspeed", "engine.config=zero2", "dtype=bfloat16", "--force")
+def test_bfloat16_trains_on_float32_weights(swapped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for verb in ("score", "place", "swap"):
+        assert main([verb, str(swapped.with_name("tiny.yaml")), f"run_dir={run}", "dtype=bfloat16"]) == 0
+    code, said = train(2, run, *OPTIONS, "engine.name=deepspeed", "engine.config=zero2")
     assert code == 0, said
     assert {str(tensor.dtype) for tensor in weights(run).values()} == {"torch.float32"}
+    record = json.loads((run / STAGE / "train/train.json").read_text())
+    assert record["eval_loss_end"] < record["eval_loss_start"]
