@@ -41,7 +41,7 @@ $(UPSTREAM)/ready: $(STAMP)
 	touch $@
 
 test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
-	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py
+	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.config import RunConfig
 from distill.data.mixture import describe, describe_survey, origins
 from distill.data.sources import check_place
+from distill.engine import check_shares, engine_of
 from distill.errors import UserError
+from distill.footprint import Counts, alternatives, footprint
+from distill.groups import GROUPS, group_of
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
@@ -35,6 +38,8 @@ from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.targets import read_config
 
 GB = 1e9
+SPARE = 0.9
+"""Share of a device's memory that what is proposed may take: what is estimated can be more."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +88,59 @@ def sizes(config: RunConfig, teacher: Any) -> Sizes:
     return Sizes(total=count(model) - mixer + kept, attention=kept, mixer=mixer)
 
 
-def memory(config: RunConfig, total: int, teacher_total: int, workers: int) -> dict[str, float]:
-    """Bytes of a training step over all devices.
+def counts_of(config: RunConfig, teacher: Any, mixers: list[str]) -> Counts:
+    """Parameters of the student with this placement, by what sharing and freezing tell apart; on the meta device."""
+    with torch.device("meta"):
+        hybrid = FAMILIES[check_convertible(teacher)][1](hybrid_config(teacher, mixers, config.mixer))
+        plain = AutoModelForCausalLM.from_config(teacher)
+    names = group_of(hybrid)
+    by_group = dict.fromkeys(GROUPS, 0)
+    for name, parameter in hybrid.named_parameters():
+        by_group[names[name]] += parameter.numel()
+    student = sum(by_group.values())
+    return Counts(
+        student=student,
+        trained=student - sum(by_group[group] for group in config.train.freeze),
+        block=max(sum(p.numel() for p in block.parameters()) for block in hybrid.model.layers),
+        embeddings=by_group["embeddings"],
+        teacher=sum(p.numel() for p in plain.parameters()),
+    )
 
-    Student: fp32 weights, gradients and two AdamW moments (and a bf16 copy under bf16). Teacher: weights alone.
-    Activations (per device, kept for backward): about 34 bytes a token, block and hidden unit at 16 bit, or
-    2 with activation checkpointing (Korthikanti et al., arXiv:2205.05198, section 4, without tensor parallelism).
-    """
-    half = config.dtype == "bfloat16"
-    return {
-        "student and optimizer": total * (18.0 if half else 16.0),
-        "teacher": teacher_total * (2.0 if half else 4.0),
-    }
+
+def device_memory(config: RunConfig) -> float:
+    """Bytes of one device: as the config says, or of this machine's GPU; 0 where neither does."""
+    if config.plan.device_memory or not torch.cuda.is_available():
+        return config.plan.device_memory * GB
+    return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def activations(config: RunConfig, teacher: Any, workers: int) -> float:
-    """Bytes of activations on one device for one micro-batch."""
-    rows = max(config.train.batch_size // config.train.gradient_accumulation // workers, 1)
-    per_unit = (2.0 if config.train.gradient_checkpointing else 34.0) * (1 if config.dtype == "bfloat16" else 2)
-    return rows * config.data.sequence_length * teacher.hidden_size * teacher.num_hidden_layers * per_unit
+def memory_lines(config: RunConfig, teacher: Any, mixers: list[str], devices: int) -> list[str]:
+    """What a step of the largest stage holds on one device, by part; UserError where that does not fit, with what
+    would."""
+    counts = counts_of(config, teacher, mixers)
+    found = footprint(config, teacher, mixers, counts, devices)
+    engine = engine_of(config.engine, devices)
+    named = f"{engine} {config.engine.config}".strip()
+    parts = ", ".join(f"{name} {value / GB:,.3g}" for name, value in found.parts.items())
+    lines = [
+        f"memory    a device, {named}, {devices} process{'es' * (devices > 1)}: {found.at_once / GB:,.3g} GB at once"
+    ]
+    lines.append(f"          {parts} (GB; activations estimated, the rest counted)")
+    if found.host:
+        waiting = ", ".join(f"{name} {value / GB:,.3g} GB" for name, value in found.host.items())
+        lines.append(f"          in the CPU's memory for each device: {waiting}")
+    room = device_memory(config)
+    if room and found.at_once > room:
+        ways = []
+        for name, other, processes in alternatives(config, devices):
+            size = footprint(other, teacher, mixers, counts, processes).at_once
+            ways += [f"{name} ({size / GB:,.3g} GB)"] if size <= SPARE * room else []
+        raise UserError(
+            f"a step takes {found.at_once / GB:,.3g} GB on each of {devices} devices ({named}), which have "
+            f"{room / GB:,.3g} GB: {parts}\n"
+            + (f"what would fit: {'; '.join(ways[:4])}" if ways else "no engine and number of devices known here fits")
+        )
+    return lines
 
 
 def flops_per_second(config: RunConfig) -> tuple[float, str]:
@@ -121,6 +160,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     """The plan as lines of text."""
     size = sizes(config, teacher)
     workers = max(config.slurm.nodes * config.slurm.gpus_per_node, 1)
+    check_shares(config.train, workers)
     speed, source = flops_per_second(config)
     usable = speed * config.plan.utilisation * workers
     train = config.train
@@ -159,16 +199,13 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     lines += [f"warning: {line}" for line in unrecorded(stages)]
     final = size.total + max(stage.replaced for stage in stages) * (size.mixer - size.attention)
     models = sum(2 + len(stage.keep) for stage in stages)
-    parts = memory(config, max(final, size.total), size.total, workers)
-    each = sum(parts.values()) / workers
-    act = activations(config, teacher, workers)
+    largest = max(stages, key=lambda stage: stage.replaced).replaced
+    placement = replace([ATTENTION] * blocks, list(range(largest)), config.mixer.of)
     lines += [
         "",
         f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by MMR included, LOO and "
         f"measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
-        "memory    "
-        + ", ".join(f"{name} {value / GB:,.3g} GB" for name, value in parts.items())
-        + f"; a device {each / GB:,.3g} GB if sharded over all, plus about {act / GB:,.3g} GB of activations",
+        *memory_lines(config, teacher, placement, workers),
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
     return [*lines, pays_line(config, teacher)]

@@ -34,7 +34,7 @@ def swap(context: Context, stage: Stage, folder: Path) -> None:
     start, _ = context.before(stage)
     dtype = config.dtype if stage.start.name == TEACHER else "float32"  # what was trained keeps its float32 weights
     model = load_model(start, dtype)
-    hybrid = hybridize(model, placement["mixers"], config.mixer, seed=config.seed)
+    hybrid = hybridize(model, placement["mixers"], config.mixer, seed=config.seed, take=True)
     hybrid.save_pretrained(folder / "checkpoint")
     load_tokenizer(config.teacher).save_pretrained(folder / "checkpoint")
     say(f"{stage.name}: {len(placement['added'])} mixers of {stage.start.name} start from {config.mixer.init}")

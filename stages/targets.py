@@ -18,7 +18,10 @@ from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
+from distill.engine import ENGINES
 from distill.errors import UserError, brief, choose, nearest
+from distill.groups import check_groups
+from distill.guards import check_guards
 from distill.hybrid.config import mixer_options
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
@@ -38,7 +41,7 @@ LOWEST: dict[str, float] = {
     r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
     r"measure\.(samples|top_p)": ABOVE_0,
     r"score\.loo\.few_shot": -1,
-    r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
+    r"slurm\.(nodes|cpus_per_task)|train\.keep_checkpoints|engine\.timeout": ABOVE_0,
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
 UNSET = vars(SftConfig())
@@ -123,6 +126,7 @@ def check(config: RunConfig) -> None:
         choose("score", name, scores())
     choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
     _check_training(config)
+    choose("engine.name", config.engine.name, ENGINES)
     check_outside("run_dir", config.run_dir, config.data, config.sft)
     check_columns(config.sft.columns, "sft.columns")
     set_alone = [f"sft.{key.name}" for key in fields(Origin) if getattr(config.sft, key.name) != UNSET[key.name]]
@@ -178,6 +182,8 @@ def check_pretrain(config: PretrainConfig) -> None:
 def _check_training(config: RunConfig | PretrainConfig) -> None:
     """Numbers in their ranges, and the parts that both kinds of config share."""
     choose("train.loss", config.train.loss, LOSSES)
+    check_groups(config.train)
+    check_guards(config.train, config.engine.name if isinstance(config, RunConfig) else "none")
     check_options(config.data)
     for key, value in _leaves(config):
         if not isinstance(value, (int, float)) or isinstance(value, bool):

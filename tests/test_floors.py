@@ -27,6 +27,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.storage",
         "distill.checkpoints",
         "distill.interrupt",
+        "distill.launch",
+        "distill.distributed",
+        "distill.groups",
+        "distill.engine",
+        "distill.progress",
+        "distill.universal",
         "distill.lock",
         "distill.machine",
         "distill.tracking",
@@ -43,7 +49,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("distill.init", "distill.init.*"),  # F2
     ("distill.hybrid", "distill.hybrid.*"),
-    ("distill.teacher", "distill.likelihood", "distill.lm_eval"),
+    (
+        "distill.teacher",
+        "distill.likelihood",
+        "distill.lm_eval",
+        "distill.guards",
+        "distill.sharded",
+        "distill.footprint",
+    ),
     ("distill.trainer",),  # F5
     (
         "distill.importance",
@@ -110,6 +123,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.failures",
         "stages.identity",
         "stages.lineage",
+        "stages.ranks",
         "stages.targets",
         "stages.checkpoints",
     ),  # F10: shared, verbs, submit

@@ -390,6 +390,17 @@ def test_a_loss_that_is_not_finite_stops(llama: Any, traces: Traces, tmp_path: P
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-4").exists()
 
 
+def test_a_checkpoint_of_another_placement_is_refused(
+    llama: Any, traces: Traces, tmp_path: Path, uninterrupted: Any
+) -> None:
+    out = shutil.copytree(uninterrupted[2], tmp_path / "out")
+    other = hybridize(llama, ["attention", "mamba1", "attention", "mamba1"], MixerConfig())
+    arguments = training_arguments(TrainConfig(batch_size=4), 8, out, seed=0)
+    extra = {"teacher": Teacher(llama), "loss": "reverse_kl", "temperature": 1.0}
+    with pytest.raises(UserError, match="checkpoint-8 is of another placement: blocks 0, 1 have other mixers"):
+        fit(DistillTrainer, other, traces(32), arguments, title="t", log=None, **extra)
+
+
 def test_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="batch_size=6 is not divisible by train.gradient_accumulation=4"):
         training_arguments(TrainConfig(batch_size=6, gradient_accumulation=4), 1, tmp_path, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -124,12 +125,16 @@ def check_options(config: Any, mixer: MixerConfig) -> None:
             raise UserError(f"mixer.{key}={wanted[key]}, but the mixers already there have {key}={old}")
 
 
-def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: int = 0) -> Any:
+def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: int = 0, take: bool = False) -> Any:
     """A hybrid with placement ``mixers`` from ``model`` (a teacher, or a hybrid with fewer blocks replaced).
 
     Blocks that newly lose attention are initialised by ``mixer.init`` from the attention that they had; all
     other weights are copied bit for bit, so that H1-0/L is the teacher. The new mixers depend on ``seed`` and
     the block alone: a block starts the same whichever others are swapped with it.
+
+    Args:
+        take: have the model's own tensors in place of copies, so that two models are never held; training the hybrid
+            would change the model.
 
     Raises:
         UserError: an unsupported architecture, or a placement of another length or with a mixer changed back.
@@ -142,7 +147,7 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
             raise UserError(f"block {block} has mixer '{before[block]}' already; only attention can be replaced")
     check_options(model.config, mixer)
     _, model_class = FAMILIES[config.model_type.removeprefix("hybrid_")]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device("meta") if take else nullcontext():
         hybrid = model_class(config).to(model.dtype)
     hybrid.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its frequencies stay in float32
     keep_fp32(hybrid)
@@ -151,7 +156,7 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
         for name, tensor in model.state_dict().items()
         if not any(name.startswith(f"model.layers.{block}.self_attn.") for block in changed)
     }
-    missing, unexpected = hybrid.load_state_dict(kept, strict=False)
+    missing, unexpected = hybrid.load_state_dict(kept, strict=False, assign=take)
     new = tuple(f"model.layers.{block}.self_attn." for block in changed)
     assert not unexpected and all(name.startswith(new) for name in missing if name != "lm_head.weight"), missing
     hybrid.tie_weights()
@@ -159,6 +164,8 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
     for block in changed:
         attention: nn.Module = model.model.layers[block].self_attn
         target = hybrid.model.layers[block].self_attn
+        if take:
+            target.to_empty(device="cpu")
         with torch.random.fork_rng():
             torch.manual_seed(seed * 10_007 + block)
             target.reset_parameters()

@@ -239,3 +239,25 @@ def test_a_mixer_cannot_be_changed_back(hybrid: Any) -> None:
 def test_unknown_initialisation_is_refused(llama: Any) -> None:
     with pytest.raises(UserError, match="'mill'.*did you mean 'mil'"):
         hybridize(llama, [A, M, A, A], MixerConfig(init="mill"))
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taken_tensors_are_the_models_own(
+    make_llama: Callable[..., Any], mixer: str, tied: bool, dtype: torch.dtype
+) -> None:
+    """The same hybrid, bit for bit, without a second model in memory."""
+    model = make_llama(tie_word_embeddings=tied).to(dtype)
+    placement = [mixer, "attention", "attention", mixer]
+    copied = hybridize(model, placement, MixerConfig(), seed=3)
+    taken = hybridize(model, placement, MixerConfig(), seed=3, take=True)
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    for name, tensor in copied.state_dict().items():
+        found = taken.state_dict()[name]
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+        assert (found.data_ptr() in own) == (".0.self_attn" not in name and ".3.self_attn" not in name), name
+    assert not any(tensor.is_meta for tensor in (*taken.parameters(), *taken.buffers()))
+    ids = torch.arange(5, 29)[None]
+    assert torch.equal(taken.eval()(ids).logits, copied.eval()(ids).logits)
+    assert (taken.lm_head.weight is taken.model.embed_tokens.weight) == tied
