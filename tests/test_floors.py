@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.mixers",
         "distill.mixers.*",
         "distill.losses",
+        "distill.head_loss",
         "distill.data",
         "distill.data.*",
     ),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax, softmax
 
-from distill import losses
+from distill import head_loss
 from distill.data.pack import IGNORE
 from distill.errors import UserError
 from distill.losses import LOSSES, distillation_loss
@@ -47,7 +47,7 @@ def plain(
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 4, 10_000])
 def test_equals_plain_autograd(name: str, tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk * V * 8)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", chunk * V * 8)
     hidden, head, other, teacher, labels = setup()
     expected = plain(name, head(hidden), teacher(other).detach(), labels, tau)
     wanted = torch.autograd.grad(expected, [hidden, head.weight, head.bias])
