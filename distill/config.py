@@ -76,7 +76,8 @@ class TrainConfig:
     """How a model is trained (AdamW, warm-up, then linear decay)."""
 
     loss: str = "reverse_kl"
-    """``reverse_kl``, ``forward_kl``, ``jsd``, ``annealed_kl`` (forward turning into reverse) or ``cross_entropy``."""
+    """``reverse_kl``, ``forward_kl``, ``jsd``, ``annealed_kl`` (forward turning into reverse) or ``cross_entropy``; or
+    several with weights: ``0.9 reverse_kl + 0.1 cross_entropy``."""
     temperature: float = 1.0
     """tau, applied to both sides."""
     steps: int = 100

@@ -4,13 +4,14 @@ Legend: n = valid target tokens, V = vocabulary, E = hidden size, tau = temperat
 global batch. q = softmax(z_student / tau), p = softmax(z_teacher / tau), both in fp32 (fp64 for fp64 inputs).
 
 Each loss is a function of log-probabilities that returns the loss per token [n] and its gradient with respect to
-the student's tempered logits [n, V]; a loss of several terms is ``{name: weight}``. ``distillation_loss`` takes one
-through the LM heads (``distill/head_loss.py``); no [tokens, V] tensor outlives its chunk.
+the student's tempered logits [n, V]; one of several terms is written ``0.9 reverse_kl + 0.1 cross_entropy``.
+``distillation_loss`` takes it through the LM heads (``distill/head_loss.py``). No [tokens, V] tensor outlives a chunk.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -21,8 +22,7 @@ from distill.data.pack import IGNORE
 from distill.errors import UserError, choose
 from distill.head_loss import Loss, TeacherLogits, head_logits, loss_through_head
 
-Terms = Mapping[str, float]
-"""A loss of several terms: ``{"reverse_kl": 0.9, "cross_entropy": 0.1}``."""
+EXAMPLE = "'reverse_kl', or terms with weights: '0.9 reverse_kl + 0.1 cross_entropy'"
 
 
 def reverse_kl(log_q: Tensor, log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,33 +73,38 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 WITHOUT_TEACHER = ("cross_entropy",)
 
 
-def terms_of(loss: str | Terms) -> dict[str, float]:
-    """The terms of a loss, each with its weight, from its name or from the terms themselves.
+def terms_of(loss: str, key: str = "loss") -> dict[str, float]:
+    """The terms of a loss with their weights: ``reverse_kl``, or ``0.9 reverse_kl + 0.1 cross_entropy``.
 
-    Raises UserError for a name that there is not (naming the nearest), and for weights that cannot be.
+    Raises UserError, with the ``key`` it came from, for a name that there is not (naming the nearest), a term twice,
+    and weights that cannot be.
     """
-    terms: dict[str, float] = {loss: 1.0} if isinstance(loss, str) else {**loss}
-    for name, weight in terms.items():
-        choose("loss", name, LOSSES)
-        if not 0 <= weight < math.inf:
-            raise UserError(f"the weight of the loss {name} is {weight}: it must be a number of at least 0")
-    if not any(terms.values()):
-        raise UserError(f"the loss {terms} has no term with a weight above 0")
-    return {name: float(weight) for name, weight in terms.items() if weight}
+    terms: dict[str, float] = {}
+    for part in loss.split("+"):
+        found = re.fullmatch(r"\s*(?:([0-9.]+(?:[eE]-?[0-9]+)?)\s*\*?\s+|([0-9.]+)\*)?([A-Za-z_][\w-]*)\s*", part)
+        if found is None:
+            raise UserError(
+                f"{key}='{loss[:120]}' cannot be read: write {EXAMPLE}; there are {', '.join(sorted(LOSSES))}"
+            )
+        name, weight = choose(key, found[3], LOSSES), _number(found[1] or found[2] or "1")
+        if name in terms:
+            raise UserError(f"{key}='{loss}' has {name} twice")
+        if not 0 < weight < math.inf:
+            raise UserError(f"{key}='{loss}': the weight of {name} must be a number above 0; write {EXAMPLE}")
+        terms[name] = weight
+    return terms
 
 
-def describe(loss: str | Terms) -> str:
-    """A loss in words: ``reverse_kl``, or ``0.9 reverse_kl + 0.1 cross_entropy``."""
-    terms = terms_of(loss)
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items())
+def _number(text: str) -> float:
+    return float(text) if text.count(".") < 2 and text != "." else math.nan
 
 
-def needs_teacher(loss: str | Terms) -> bool:
+def needs_teacher(loss: str) -> bool:
     """Whether any term looks at the teacher."""
     return any(name not in WITHOUT_TEACHER for name in terms_of(loss))
 
 
-def build_loss(loss: str | Terms, progress: float = 1.0) -> Loss:
+def build_loss(loss: str, progress: float = 1.0) -> Loss:
     """The loss as the chunks take it; ``progress`` (0 to 1) is how much of the training is over."""
     terms = terms_of(loss)
     functions = {name: LOSSES[name] for name in terms}
@@ -115,7 +120,7 @@ def build_loss(loss: str | Terms, progress: float = 1.0) -> Loss:
 
 def weighted(
     functions: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]],
-    terms: Terms,
+    terms: Mapping[str, float],
     log_q: Tensor,
     log_p: Tensor,
     targets: Tensor,
@@ -141,7 +146,7 @@ def count_targets(labels: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    loss: str | Terms,
+    loss: str,
     hidden: Tensor,
     head: nn.Module,
     teacher_hidden: Tensor,
@@ -155,7 +160,7 @@ def distillation_loss(
     """A loss of a batch, a scalar, divided by ``count`` (by default the valid targets of this batch).
 
     Args:
-        loss: its name, or its terms with their weights.
+        loss: its name, or its terms with their weights (``terms_of``).
         hidden, teacher_hidden: final hidden states [B, T, E] and [B, T, E'].
         head, teacher_head: LM heads (``weight`` [V, E] and [V, E'], optional ``bias`` [V]).
         labels: [B, T], not shifted; -100 where no loss is taken.
@@ -173,7 +178,7 @@ def distillation_loss(
 
 
 def loss_of_batch(
-    loss: str | Terms,
+    loss: str,
     hidden: Tensor,
     head: nn.Module,
     teacher: TeacherLogits | None,

@@ -23,7 +23,7 @@ from distill.hybrid.surgery import check_convertible, check_model
 from distill.importance import Metric, Setup, available, scorer
 from distill.importance.mmr import TRAINABLE
 from distill.likelihood import check_question, requests_of
-from distill.losses import LOSSES
+from distill.losses import terms_of
 from distill.mixers import ATTENTION
 from distill.mixers import available as mixers
 from distill.placement import replaced_blocks
@@ -186,7 +186,7 @@ def training_rows(
     for key, value in {**asdict(train), "steps": steps, "held-out rows": heldout}.items():
         if isinstance(value, (int, float)) and not (value > 0 if key in ABOVE_0 else value >= 0):
             raise UserError(f"{key}={value} must be {'above 0' if key in ABOVE_0 else 'at least 0'}")
-    choose("loss", train.loss, LOSSES)
+    terms_of(train.loss)
     if model.dtype != torch.float32:
         raise UserError(f"float32 weights are trained, the model has {model.dtype}: load it with dtype='float32'")
     rows.source = str(data)

@@ -22,7 +22,7 @@ from distill.errors import UserError, brief, choose, nearest
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
-from distill.losses import LOSSES
+from distill.losses import terms_of
 from distill.mixers import available as mixers
 from distill.mixers import mixer_class
 from distill.ops.kernels import CHOICES, DEVICES, check_kernel
@@ -156,7 +156,7 @@ def check_pretrain(config: PretrainConfig) -> None:
 
 def _check_training(config: RunConfig | PretrainConfig) -> None:
     """Numbers in their ranges, and the parts that both kinds of config share."""
-    choose("train.loss", config.train.loss, LOSSES)
+    terms_of(config.train.loss, "train.loss")
     check_options(config.data)
     for key, value in _leaves(config):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
