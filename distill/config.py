@@ -85,9 +85,9 @@ class TrainConfig:
     steps_by_stage: list[int] = field(default_factory=list)
     """One number a stage, in place of ``steps``."""
     batch_size: int = 8
-    """Rows a step on one device, over all accumulation steps: the global batch of one process."""
+    """Rows a step, over all processes and accumulation steps."""
     gradient_accumulation: int = 1
-    """Micro-batches that ``batch_size`` is cut into."""
+    """Micro-batches that a process's share of ``batch_size`` is cut into."""
     learning_rate: float = 5e-5
     mixer_learning_rate: float = 0.0
     """That of the replaced mixers (0: the same)."""
@@ -104,6 +104,36 @@ class TrainConfig:
     """Steps of every stage after which the weights are kept for good, in ``train/steps/000200``: models to load,
     or to start a later stage from (those that ``start_from`` names are kept without being listed)."""
     gradient_checkpointing: bool = False
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Rates of groups of parameters that are not to have ``learning_rate``: mixers, body (attention and MLPs),
+    embeddings (and the LM head), norms. ``{mixers: 1.0e-3, embeddings: 1.0e-5}``."""
+    freeze: list[str] = field(default_factory=list)
+    """Groups that are not trained: ``[embeddings, norms]``."""
+    keep_checkpoints: int = 2
+    """How many checkpoints of a training under way are kept, the newest ones."""
+    keep_best: bool = False
+    """Keep the weights of the checkpoint with the lowest held-out loss, as a model of its own, in ``train/best``."""
+    on_bad_loss: str = "stop"
+    """What follows a loss or gradient that is not finite, or a spike: ``stop``, ``skip`` (that step's update is left
+    out) or ``roll_back`` (to the newest checkpoint, and the update is left out). The rows are noted."""
+    spike: float = 0.0
+    """A loss above so many times the median of those before is a spike (0: none is)."""
+    data_workers: int = 0
+    """Processes that prepare rows beside each process that trains (0: it does so itself). The rows are the same."""
+
+
+@dataclass
+class EngineConfig:
+    """What shares a training among the processes that torchrun starts (docs/distributed.md)."""
+
+    name: str = "auto"
+    """``auto`` (one process alone, several by ddp), ``none`` (refuses several), ``ddp``, ``deepspeed`` or ``fsdp``."""
+    config: str = ""
+    """Of deepspeed: ``zero1``, ``zero2``, ``zero3``, ``zero2_offload``, ``zero3_offload``, or a JSON file of its own
+    keys (empty: zero3). Of fsdp: ``full`` (everything in parts), ``grad_op`` (weights stay whole between forward and
+    backward) or ``offload`` (empty: full)."""
+    timeout: float = 600.0
+    """Seconds without progress after which a process counts as lost: it is named, and the job ends."""
 
 
 @dataclass
@@ -115,7 +145,7 @@ class SftConfig(Origin):
     steps: int = 100
     """Optimizer steps; what is not set here (weight decay, clipping, ...) is as in ``train``."""
     batch_size: int = 8
-    """Rows a step on one device, over all accumulation steps."""
+    """Rows a step, over all processes and accumulation steps."""
     gradient_accumulation: int = 1
     learning_rate: float = 5e-5
     warmup_steps: int = 10
@@ -265,6 +295,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

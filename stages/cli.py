@@ -171,20 +171,34 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    code = 1
+    try:
+        code = attempt(args)
+        return code
+    finally:
+        end_job(code)
+
+
+def attempt(args: argparse.Namespace) -> int:
+    """Do what was asked; the exit code, after a message for what went wrong."""
     try:
         return perform(args)
     except KeyboardInterrupt as error:
-        name, number = (str(error) or "SIGINT"), getattr(error, "signum", signal.SIGINT)
+        name = str(error) or "SIGINT"
         print(f"\ndistill {args.verb}: stopped by {name}; the same command continues", file=sys.stderr)
-        return 128 + number
+        return int(getattr(error, "exit_code", 128 + signal.SIGINT))
     except BrokenPipeError:  # who reads the output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails, too
         return 141
     except Exception as error:  # the one place that turns what went wrong into a message and an exit code
         from stages.failures import explain
+        from stages.ranks import LOST, lost
 
         if args.debug:
             traceback.print_exc()
+        if (gone := lost(error)) is not None:
+            print(*[f"distill {args.verb}: {gone}"] * bool(gone), file=sys.stderr)
+            return LOST
         code, text = explain(args.verb, error)
         print(f"distill {args.verb}: {text}", file=sys.stderr)
         return code
@@ -193,14 +207,25 @@ def main(argv: list[str] | None = None) -> int:
 def perform(args: argparse.Namespace) -> int:
     """Do what was asked; imports come here, because they take seconds."""
     quiet()
-    from distill import interrupt, lock
+    from distill import distributed, interrupt, lock
     from distill.storage import full_disk_named
 
     try:
         with interrupt.handled(), full_disk_named(Path.cwd()):
+            if distributed.launched() and distributed.join().rank:
+                return int(importlib.import_module("stages.ranks").follow())
             return int(importlib.import_module(VERBS[args.verb]).main(args))
     finally:
         lock.release()
+
+
+def end_job(code: int) -> None:
+    """Leave this process's job, if it has one; where it is the first, the others end with its exit code."""
+    module = sys.modules.get("distill.distributed")  # whose import takes seconds, and is not needed to refuse a verb
+    if module is not None and (job := module.job()) is not None:
+        if job.rank == 0:
+            job.end(code)
+        job.leave()
 
 
 def quiet() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from distill import distributed
 from distill.config import VERSION, RunConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data
@@ -34,8 +35,8 @@ HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidat
 
 
 def set_threads(threads: int) -> int:
-    """Fix the number of CPU threads (0: one a core); returns it."""
-    count = threads or len(os.sched_getaffinity(0))
+    """Fix the number of CPU threads (0: this process's share of the cores); returns it."""
+    count = threads or max(len(os.sched_getaffinity(0)) // distributed.neighbours(), 1)
     torch.set_num_threads(count)
     return count
 
@@ -52,14 +53,17 @@ def open_run(
     force: bool = False,
     write: bool = True,
     also: Callable[[Context], list[Step]] | None = None,
+    check: Callable[[RunConfig], None] | None = None,
 ) -> Context:
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
     With ``write`` the resolved config goes to ``run.yaml``, and what was finished with other inputs is refused, or
     (``force``) forgotten together with all that depends on it: steps of the run, and those that ``also`` names (a
-    fine-tuning is checked only by the verb that does it).
+    fine-tuning is checked only by the verb that does it). ``check`` is what a verb asks of the config besides.
     """
     config = read_config(target, overrides)
+    if check is not None:
+        check(config)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
     if not config.threads and existing.is_file():  # a run keeps its number of threads on another machine
         config.threads = load_config(RunConfig, existing).threads
@@ -165,7 +169,12 @@ def find_stage(context: Context, name: str | None, step: str) -> Stage | None:
     raise UserError(f"no stage '{name}'; this run has {', '.join(names)} (or 1 to {len(names)})")
 
 
-def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, Stage], bool]) -> int:
+def stage_main(
+    args: argparse.Namespace,
+    step: str,
+    perform: Callable[[Context, Stage], bool],
+    check: Callable[[RunConfig], None] | None = None,
+) -> int:
     """The main of a verb that does one step of one stage."""
 
     def named(context: Context) -> list[Step]:
@@ -173,7 +182,7 @@ def stage_main(args: argparse.Namespace, step: str, perform: Callable[[Context, 
             find_stage(context, args.stage, step)  # refused before anything is written
         return []
 
-    context = open_run(args.target, args.overrides, force=args.force, also=named)
+    context = open_run(args.target, args.overrides, force=args.force, also=named, check=check)
     stage = find_stage(context, args.stage, step)
     if stage is None:
         if args.force:

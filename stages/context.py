@@ -16,8 +16,15 @@ from distill.records import Step, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
-LATER = ("bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer")
+LATER = (
+    "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
+    "learning_rates", "freeze", "on_bad_loss", "spike",
+)  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
+
+
+WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
+"""Keys of a training that change nothing of what it ends with."""
 
 
 def inputs_of(part: Any) -> dict[str, Any]:
@@ -112,8 +119,8 @@ class Context:
         config = self.config
         base = {"teacher": self.teacher, "seed": config.seed, "dtype": config.dtype}
         trained_on = self.computed()
-        data, train, mixer = inputs_of(config.data), asdict(config.train), inputs_of(config.mixer)
-        for key in ("steps", "steps_by_stage", "save_steps", "keep_steps"):
+        data, train, mixer = inputs_of(config.data), inputs_of(config.train), inputs_of(config.mixer)
+        for key in ("steps", "steps_by_stage", "save_steps", "keep_steps", *WITHOUT_EFFECT):
             train.pop(key)
         for unused in dataclasses.fields(Origin) if config.data.mixture else ():
             data.pop(unused.name, None)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 from eval.report import table, write_report
 from stages import measure, place, score, swap, train
 from stages.common import open_run, say
 from stages.context import Context
+from stages.ranks import check_job
 
 
 def main(args: argparse.Namespace) -> int:
-    context = open_run(args.target, args.overrides, force=args.force)
+    context = open_run(args.target, args.overrides, force=args.force, check=partial(check_job, verb="run"))
     began = time.monotonic()
     run(context)
     say(f"{time.monotonic() - began:.0f} s in all")

@@ -23,11 +23,12 @@ from distill.mixers import set_kernels
 from distill.placement import tuned_name
 from distill.posttrain.merge import merge as average
 from distill.posttrain.sft import fine_tune
+from distill.progress import append_line, logged_minutes
 from distill.records import Step, read_record, write_json
 from distill.schedule import Stage
 from distill.storage import new_folder
 from distill.teacher import load_model, load_tokenizer
-from distill.trainer import append_line, heldout_loss, logged_minutes
+from distill.trainer import heldout_loss
 from eval.report import table, write_report
 from stages import measure as measuring
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say

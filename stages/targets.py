@@ -18,7 +18,10 @@ from distill.config_merge import load_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
+from distill.engine import ENGINES
 from distill.errors import UserError, brief, choose, nearest
+from distill.groups import check_groups
+from distill.guards import check_guards
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
@@ -35,7 +38,7 @@ LOWEST: dict[str, float] = {
     r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*)": ABOVE_0,
-    r"slurm\.(nodes|cpus_per_task)": ABOVE_0,
+    r"slurm\.(nodes|cpus_per_task)|train\.keep_checkpoints|engine\.timeout": ABOVE_0,
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
 UNSET = vars(SftConfig())
@@ -102,6 +105,7 @@ def check(config: RunConfig) -> None:
         choose("score", name, scores())
     choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
     _check_training(config)
+    choose("engine.name", config.engine.name, ENGINES)
     check_outside("run_dir", config.run_dir, config.data, config.sft)
     check_columns(config.sft.columns, "sft.columns")
     set_alone = [f"sft.{key.name}" for key in fields(Origin) if getattr(config.sft, key.name) != UNSET[key.name]]
@@ -157,6 +161,8 @@ def check_pretrain(config: PretrainConfig) -> None:
 def _check_training(config: RunConfig | PretrainConfig) -> None:
     """Numbers in their ranges, and the parts that both kinds of config share."""
     terms_of(config.train.loss, "train.loss")
+    check_groups(config.train)
+    check_guards(config.train, config.engine.name if isinstance(config, RunConfig) else "none")
     check_options(config.data)
     for key, value in _leaves(config):
         if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -1,10 +1,12 @@
 """Distil the swapped hybrid from the frozen teacher.
 
     distill train demo            (or: distill train runs/demo --stage 2)
+    python -m distill.launch --nproc-per-node 8 -m stages.cli train runs/demo
 
 CONFIG or RUN. Reverse KL by default, everything trainable, AdamW with warm-up and linear decay, on packed reasoning
-traces. Continues from its newest checkpoint if it was cut short. Writes ``train/checkpoint``, ``log.jsonl``,
-``train.json``, and the weights after chosen steps (``train.keep_steps``) in ``train/steps/000200``.
+traces; by all processes that a launcher started, as ``engine`` says. Continues from its newest checkpoint if it was cut
+short. Writes ``train/checkpoint``, ``log.jsonl``, ``train.json``, the weights after chosen steps (``train.keep_steps``)
+in ``train/steps/000200``, and the best of those that were evaluated (``train.keep_best``) in ``train/best``.
 """
 
 from __future__ import annotations
@@ -14,34 +16,36 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainingArguments
+
+from distill import distributed
 from distill.checkpoints import checkpoints_of
 from distill.data.mixture import counts_record, describe_rows
+from distill.engine import engine_of, loaded_whole, sharing, wrapped_by, zero_stage
+from distill.groups import describe_groups, freeze, rates_of
 from distill.mixers import set_kernels
+from distill.progress import KeepBest, KeepSteps, append_line, logged_minutes
 from distill.records import read_json, write_json
 from distill.schedule import Stage
 from distill.storage import new_folder
 from distill.teacher import Teacher, load_model, load_tokenizer
-from distill.trainer import (
-    DistillTrainer,
-    KeepSteps,
-    append_line,
-    fit,
-    heldout_loss,
-    logged_minutes,
-    training_arguments,
-)
+from distill.trainer import DistillTrainer, fit, heldout_loss, training_arguments
 from stages.common import HELD_OUT_SEED, begin, say, stage_main
 from stages.context import Context, need
 from stages.lineage import kept, lineage
+from stages.ranks import check_job, share
 
 SCRATCH = ("checkpoints", "start.json")
 """What only a resumption needs."""
 
 
 def main(args: argparse.Namespace) -> int:
-    return stage_main(args, "train", run_stage)
+    return stage_main(args, "train", run_stage, check=partial(check_job, verb="train"))
 
 
 def run_stage(context: Context, stage: Stage) -> bool:
@@ -51,39 +55,86 @@ def run_stage(context: Context, stage: Stage) -> bool:
     return step.perform(lambda folder: train(context, stage, folder), resumable=True, scratch=SCRATCH)
 
 
+def take_part(context: Context, stage: Stage) -> None:
+    """The part of a process that is not the first of its job."""
+    with sharing(context.config.engine):
+        distil(context, stage, context.step(stage, "train").partial)
+
+
 def train(context: Context, stage: Stage, folder: Path) -> None:
+    share(context, stage, "train")
+    with sharing(context.config.engine):
+        distil(context, stage, folder)
+
+
+def load_teacher(context: Context) -> Teacher:
+    """The teacher, whole on every process, or in parts where DeepSpeed has the student in parts."""
+    config = context.config
+    if config.engine.name == "deepspeed" and zero_stage(config.engine) == 3:
+        from distill.sharded import ShardedTeacher
+
+        return ShardedTeacher(load_model(config.teacher, config.dtype))
+    with loaded_whole():
+        return Teacher(load_model(config.teacher, config.dtype))
+
+
+def distil(context: Context, stage: Stage, folder: Path) -> None:
+    """The training of one stage, by this process alone or by all that share it."""
     config = context.config
     options = config.train
+    first, several = distributed.rank() == 0, distributed.world() > 1
+    tell = say if first else lambda line: None
     seed = begin(context, stage, 3)
     tokenizer = load_tokenizer(config.teacher)
-    teacher = Teacher(load_model(config.teacher, config.dtype))
+    arguments: TrainingArguments = training_arguments(
+        options, stage.steps, folder / "checkpoints", seed, config.dtype, engine=config.engine
+    )
+    teacher = load_teacher(context)
     student = load_model(str(context.folder(stage, "swap") / "checkpoint"))
     set_kernels(student, config.kernels)
+    freeze(student, options.freeze)
     rows = context.rows(tokenizer, stage.steps * options.batch_size, seed)
     heldout = context.rows(tokenizer, options.eval_rows, HELD_OUT_SEED, held_out=True)
-    log = folder / "log.jsonl"
+    log, start_file = folder / "log.jsonl", folder / "start.json"
+    trainers: list[DistillTrainer] = []
 
     def held_out_loss() -> float:
+        if trainers and (several or trainers[0].is_deepspeed_enabled or trainers[0].is_fsdp_enabled):
+            return trainers[0].heldout_loss(heldout)
         return heldout_loss(student, teacher, heldout, options.batch_size, options.loss, options.temperature)
 
     def save(target: Path, step: int | None = None) -> None:
-        with new_folder(target) as partial:
-            cache, student.config.use_cache = student.config.use_cache, True
-            student.save_pretrained(partial)
-            student.config.use_cache = cache
-            tokenizer.save_pretrained(partial)
-            write_json(partial / "lineage.json", lineage(config, context.stages, stage, step))
+        state = trainers[0].whole_state()
+        with new_folder(target) if first else nullcontext() as partial:
+            if partial is not None:
+                cache, student.config.use_cache = student.config.use_cache, True
+                student.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))
+                student.config.use_cache = cache
+                tokenizer.save_pretrained(partial)
+                write_json(partial / "lineage.json", lineage(config, context.stages, stage, step))
+        distributed.wait_for_all()
 
-    start_file = folder / "start.json"
-    if not start_file.is_file():
-        write_json(start_file, held_out_loss())
-    start = read_json(start_file)
-    say(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
-    for line in describe_rows(config.data, rows, tokenizer):
-        say(f"data: {line}")
-    rewind(folder, stage.keep)
+    def prepared(trainer: DistillTrainer) -> None:
+        """Before the first step: the held-out loss that the training starts from, and what is trained."""
+        trainers[:] = [trainer]
+        wanted, found = engine_of(config.engine, distributed.world()), wrapped_by(trainer.model_wrapped)
+        if found != wanted:
+            raise RuntimeError(f"engine {wanted} was asked for, and the model is wrapped by {found}")
+        start = distributed.agreed(lambda: read_json(start_file) if start_file.is_file() else None)
+        if start is None:
+            start = held_out_loss()
+            if first:
+                write_json(start_file, start)
+        tell(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
+        for line in describe_groups(student, options):
+            tell(f"  {line}")
+        for line in describe_rows(config.data, rows, tokenizer) if first else []:
+            tell(f"data: {line}")
+
+    if first:
+        rewind(folder, stage.keep)
     earlier, began = logged_minutes(log), time.monotonic()
-    arguments = training_arguments(options, stage.steps, folder / "checkpoints", seed, config.dtype)
+    best = [KeepBest(folder / "best", held_out_loss, save)] if options.keep_best else []
     fit(
         DistillTrainer,
         student.train(),
@@ -91,17 +142,22 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         arguments,
         title=stage.name,
         log=log,
-        callbacks=[KeepSteps(stage.keep, lambda step: save(kept(folder, step), step))],
+        callbacks=[KeepSteps(stage.keep, lambda step: save(kept(folder, step), step)), *best],
+        train=options,
         teacher=teacher,
         loss=options.loss,
         temperature=options.temperature,
-        mixer_learning_rate=options.mixer_learning_rate,
+        rates=rates_of(options),
+        prepared=prepared,
     )
     minutes = earlier + (time.monotonic() - began) / 60
     end = held_out_loss()
+    save(folder / "checkpoint")
+    if not first:
+        return
+    start = read_json(start_file)
     for step, loss in ((0, start), (stage.steps, end)):
         append_line(log, {"step": step, "eval_loss": loss})
-    save(folder / "checkpoint")
     write_json(
         folder / "train.json",
         {
@@ -113,9 +169,17 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
             "eval_loss_start": start,
             "eval_loss_end": end,
             "data": counts_record(config.data, rows),
+            **processes(context),
         },
     )
     say(f"{stage.name}: held-out {options.loss} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
+
+
+def processes(context: Context) -> dict[str, Any]:
+    """What shared the training, for its record; nothing where one process did it all."""
+    world = distributed.world()
+    engine = engine_of(context.config.engine, world)
+    return {"engine": engine, "processes": world} if engine != "none" and distributed.job() is not None else {}
 
 
 def rewind(folder: Path, keep: Sequence[int]) -> None:

@@ -28,6 +28,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.storage",
         "distill.checkpoints",
         "distill.interrupt",
+        "distill.launch",
+        "distill.distributed",
+        "distill.groups",
+        "distill.engine",
+        "distill.progress",
+        "distill.universal",
         "distill.lock",
         "distill.weights",
     ),  # F0
@@ -43,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("distill.init", "distill.init.*"),  # F2
     ("distill.hybrid", "distill.hybrid.*"),
-    ("distill.teacher", "distill.likelihood", "distill.lm_eval"),
+    ("distill.teacher", "distill.likelihood", "distill.lm_eval", "distill.guards", "distill.sharded"),
     ("distill.trainer",),  # F5
     (
         "distill.importance",
@@ -75,6 +81,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.failures",
         "stages.identity",
         "stages.lineage",
+        "stages.ranks",
         "stages.targets",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
