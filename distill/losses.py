@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from distill.data.pack import IGNORE
 from distill.errors import UserError, choose
 from distill.head_loss import Loss, TeacherLogits, head_logits, loss_through_head
+from distill.stored_logits import StoredRows
 
 EXAMPLE = "'reverse_kl', or terms with weights: '0.9 reverse_kl + 0.1 cross_entropy'"
 
@@ -149,8 +151,8 @@ def distillation_loss(
     loss: str,
     hidden: Tensor,
     head: nn.Module,
-    teacher_hidden: Tensor,
-    teacher_head: nn.Module,
+    teacher_hidden: Tensor | StoredRows,
+    teacher_head: nn.Module | None,
     labels: Tensor,
     *,
     temperature: float = 1.0,
@@ -161,7 +163,7 @@ def distillation_loss(
 
     Args:
         loss: its name, or its terms with their weights (``terms_of``).
-        hidden, teacher_hidden: final hidden states [B, T, E] and [B, T, E'].
+        hidden, teacher_hidden: final hidden states [B, T, E] and [B, T, E']; of an offline teacher what it has stored.
         head, teacher_head: LM heads (``weight`` [V, E] and [V, E'], optional ``bias`` [V]).
         labels: [B, T], not shifted; -100 where no loss is taken.
         count: valid targets of the global batch (all ranks, all accumulation steps).
@@ -169,12 +171,14 @@ def distillation_loss(
 
     No valid target, here or in the global batch, gives 0 (with a zero gradient), not NaN.
     """
+    options: Any = {"temperature": temperature, "count": count, "progress": progress}
+    if isinstance(teacher_hidden, StoredRows):
+        return loss_of_batch(loss, hidden, head, teacher_hidden.logits(labels), labels, **options)
+    assert teacher_head is not None
     with torch.no_grad():
         teacher_rows, _ = valid_targets(teacher_hidden, labels)
     with head_logits(teacher_rows, teacher_head) as teacher:
-        return loss_of_batch(
-            loss, hidden, head, teacher, labels, temperature=temperature, count=count, progress=progress
-        )
+        return loss_of_batch(loss, hidden, head, teacher, labels, **options)
 
 
 def loss_of_batch(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.data.pack import collate
+from distill.data.pack import IGNORE, collate
 from distill.head_loss import head_logits
 from distill.losses import valid_targets
 from distill.stored_logits import Shards, StoredRows, compress, key_of, write_shards
@@ -57,20 +57,23 @@ def write_logits(
         inputs = {name: tensor.to(device) for name, tensor in collate(batch).items()}
         labels = inputs.pop("labels")
         hidden = teacher.hidden(inputs)
-        return [stored(row, *each, teacher.head, k) for row, each in zip(batch, zip(hidden, labels, strict=True), strict=True)]
+        return [stored(row, h, label, teacher.head, k) for row, h, label in zip(batch, hidden, labels, strict=True)]
 
     write_shards(starts, folder, fill, lambda number: report(number + 1, len(starts)))
 
 
-def stored(row: dict[str, Tensor], hidden: Tensor, labels: Tensor, head: nn.Module, k: int) -> dict[str, Any]:
+def stored(row: dict[str, Tensor], hidden: Tensor, labels: Tensor, head: Any, k: int) -> dict[str, Any]:
     """One row of data [T] as it is stored, from the teacher's hidden states [T, E]."""
     kept, _ = valid_targets(hidden[None], labels[None])
     with head_logits(kept, head) as logits:
-        parts = [compress(logits(slice(at, at + CHUNK)), min(k, len(head.weight))) for at in range(0, len(kept), CHUNK)]
-    tokens, log_probs, rest = (torch.cat(part).cpu() for part in zip(*parts, strict=True)) if parts else [torch.empty(0)] * 3
+        parts = [
+            compress(logits(slice(at, at + CHUNK)), min(k, head.out_features)) for at in range(0, len(kept), CHUNK)
+        ]
+    nothing = [torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0)]
+    tokens, log_probs, rest = (torch.cat(part).cpu() for part in zip(*parts, strict=True)) if parts else nothing
     return {
         "row": key_of(row["input_ids"], row["position_ids"]),
-        "positions": (row["labels"][1:] != -100).nonzero().squeeze(1).numpy(),
+        "positions": (row["labels"][1:] != IGNORE).nonzero().squeeze(1).numpy(),
         "tokens": tokens.flatten().numpy(),
         "log_probs": log_probs.flatten().half().numpy(),
         "rest": rest.numpy(),

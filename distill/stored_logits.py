@@ -13,7 +13,6 @@ import functools
 import hashlib
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,7 @@ def write_shards(
         name = f"{number:06d}.parquet"
         if name not in files or damage(folder, {name: files[name]}):
             target, partial = folder / name, folder / f".{name}.partial"
-            pq.write_table(
-                pa.Table.from_pylist(fill(batch), SCHEMA), partial, compression="zstd", use_dictionary=False
-            )
+            pq.write_table(pa.Table.from_pylist(fill(batch), SCHEMA), partial, compression="zstd", use_dictionary=False)
             sync(partial)
             os.replace(partial, target)
             sync(folder)
@@ -109,7 +106,9 @@ class StoredRows:
             wanted = (label[1:] != IGNORE).nonzero().squeeze(1)
             at = torch.searchsorted(row["positions"], wanted)
             if len(wanted) and (at.max() >= len(row["positions"]) or not torch.equal(row["positions"][at], wanted)):
-                raise UserError("the cached logits were written for other targets (data.mask): run 'distill cache' again")
+                raise UserError(
+                    "the cached logits were written for other targets (data.mask): run 'distill cache' again"
+                )
             for name, kept in parts.items():
                 kept.append(row[name][at])
         tokens, log_probs, rest = (torch.cat(kept).to(self.device) for kept in parts.values())
@@ -117,36 +116,34 @@ class StoredRows:
 
 
 class Shards:
-    """The rows in a folder of shards, by their hash; the last few files read are kept in memory.
+    """The rows in a folder of shards and those below it, by their hash; the last few files read stay in memory.
 
     Raises UserError for a folder that holds none.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.place: dict[bytes, tuple[str, int]] = {}
-        for name in sorted(read_record(folder / INDEX, files=dict)["files"]):
-            keys = pq.read_table(folder / name, columns=["row"])["row"].to_pylist()
-            self.place.update({key: (name, number) for number, key in enumerate(keys)})
-        self._table = functools.lru_cache(8)(lambda name: pq.read_table(folder / name))
+        self.place: dict[bytes, tuple[Path, int]] = {}
+        for index in sorted(folder.rglob(INDEX)):
+            for name in sorted(read_record(index, files=dict)["files"]):
+                path = index.parent / name
+                keys = pq.read_table(path, columns=["row"])["row"].to_pylist()
+                self.place.update({key: (path, number) for number, key in enumerate(keys)})
+        if not self.place:
+            raise UserError(f"{folder} holds no cached logits: run 'distill cache'")
+        self._table = functools.lru_cache(8)(pq.read_table)
 
     def __getitem__(self, key: bytes) -> dict[str, Tensor]:
         """positions [n], tokens [n, k], log_probs [n, k], rest [n] of a row."""
         if key not in self.place:
             raise UserError(
-                f"{self.folder} has no logits of a row of this training: it was written for other data, another seed or "
-                "another sequence_length; run 'distill cache' again with --force"
+                f"{self.folder} has no logits of a row of this training: it was written for other data, another seed "
+                "or another sequence_length; run 'distill cache' again with --force"
             )
-        name, number = self.place[key]
-        row = self._table(name).slice(number, 1)
+        path, number = self.place[key]
+        row = self._table(path).slice(number, 1)
         values = {column: np.array(row[column].combine_chunks().flatten()) for column in SCHEMA.names[1:]}
         tensors = {column: torch.from_numpy(value) for column, value in values.items()}
         n = len(tensors["rest"])
         k = len(values["tokens"]) // max(n, 1)
-        return {name: tensor.view(n, k) if name in ("tokens", "log_probs") else tensor for name, tensor in tensors.items()}
-
-    def sizes(self) -> Counter[str]:
-        """Rows a file, and what all files take in bytes (``bytes``)."""
-        counts = Counter(name for name, _ in self.place.values())
-        counts["bytes"] = sum((self.folder / name).stat().st_size for name in list(counts))
-        return counts
+        return tensors | {name: tensors[name].view(n, k) for name in ("tokens", "log_probs")}

@@ -56,12 +56,10 @@ def cache(context: Context, stage: Stage, folder: Path) -> None:
     for name, rows in sets.items():
         (folder / "logits" / name).mkdir(parents=True, exist_ok=True)
         size = max(options.batch_size // options.gradient_accumulation, 1)
-        write_logits(
-            teacher, rows, folder / "logits" / name, k=options.teacher_top_k, batch_size=size, report=report
-        )
+        write_logits(teacher, rows, folder / "logits" / name, k=options.teacher_top_k, batch_size=size, report=report)
     student = load_model(str(context.folder(stage, "swap") / "checkpoint"))
     set_kernels(student, config.kernels)
-    stored = OfflineTeacher(folder / "logits" / "heldout", student.config.vocab_size)
+    stored = OfflineTeacher(folder / "logits", student.config.vocab_size)
     exact, approximate = (
         heldout_loss(student, each, heldout, options.batch_size, options.loss, options.temperature)
         for each in (teacher, stored)

@@ -18,11 +18,13 @@ from stages.lineage import kept
 
 LATER = (
     "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
-    "learning_rates", "freeze", "on_bad_loss", "spike",
+    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 
 
+OFFLINE = "offline"
+"""The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
 
@@ -122,6 +124,8 @@ class Context:
         data, train, mixer = inputs_of(config.data), inputs_of(config.train), inputs_of(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps", *WITHOUT_EFFECT):
             train.pop(key)
+        stored = {key: train.pop(key, getattr(config.train, key)) for key in ("teacher_mode", "teacher_top_k")}
+        offline = config.train.teacher_mode == OFFLINE
         for unused in dataclasses.fields(Origin) if config.data.mixture else ():
             data.pop(unused.name, None)
         if not config.data.mixture:
@@ -144,6 +148,16 @@ class Context:
                 "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
             }
+            if offline:  # behind the swap, whose hybrid the gap is measured with
+                rows = {"steps": stage.steps, "batch_size": train["batch_size"], "eval_rows": train["eval_rows"]}
+                gap = {"loss": train["loss"], "temperature": train["temperature"], **trained_on}
+                cached = {**base, **rows, "top_k": stored["teacher_top_k"], "data": data, **gap}
+                inputs["train"]["train"] = {**train, **stored}
+                inputs = {
+                    each: values
+                    for name, values in inputs.items()
+                    for each, values in ((("cache", cached), (name, values)) if name == "train" else ((name, values),))
+                }
             after = {} if start.stage is None else ends[start.stage]
             for name, values in inputs.items():
                 step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after), reads[name])
@@ -160,12 +174,13 @@ class Context:
         if stage.start.stage is not None:
             source = self.stages[stage.start.stage]
             model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
-        train = self.folder(stage, "train")
+        train, cache = self.folder(stage, "train"), self.folder(stage, "cache")
         return {
             "score": (*model, *mixers),
             "place": (self.folder(stage, "score"), *mixers),
             "swap": (self.folder(stage, "place"), *model),
-            "train": (self.folder(stage, "swap"),),
+            "cache": (self.folder(stage, "swap"),),
+            "train": (self.folder(stage, "swap"), *([cache] if self.config.train.teacher_mode == OFFLINE else [])),
             "measure": (train / "checkpoint", train / "train.json"),
         }
 

@@ -18,7 +18,7 @@ from distill.config_merge import load_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
-from distill.engine import ENGINES
+from distill.engine import ENGINES, check_teacher_mode
 from distill.errors import UserError, brief, choose, nearest
 from distill.groups import check_groups
 from distill.guards import check_guards
@@ -35,7 +35,7 @@ ABOVE_0 = math.ulp(0.0)  # the smallest number above 0
 LOWEST: dict[str, float] = {
     r"data\.sequence_length": 2,  # one token has no next one to learn
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
-    r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
+    r"train\.((steps_by_stage|keep_steps)\[.*|teacher_top_k)": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*)": ABOVE_0,
     r"slurm\.(nodes|cpus_per_task)|train\.keep_checkpoints|engine\.timeout": ABOVE_0,
@@ -161,6 +161,7 @@ def check_pretrain(config: PretrainConfig) -> None:
 def _check_training(config: RunConfig | PretrainConfig) -> None:
     """Numbers in their ranges, and the parts that both kinds of config share."""
     terms_of(config.train.loss, "train.loss")
+    check_teacher_mode(config.train, config.engine if isinstance(config, RunConfig) else None)
     check_groups(config.train)
     check_guards(config.train, config.engine.name if isinstance(config, RunConfig) else "none")
     check_options(config.data)

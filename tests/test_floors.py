@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
 STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize status "
-    "cancel"
+    "pretrain traces show plan score place swap cache train measure sft merge package bench report export quantize "
+    "status cancel"
 )
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
@@ -44,12 +44,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.mixers.*",
         "distill.losses",
         "distill.head_loss",
+        "distill.stored_logits",
         "distill.data",
         "distill.data.*",
     ),
     ("distill.init", "distill.init.*"),  # F2
     ("distill.hybrid", "distill.hybrid.*"),
-    ("distill.teacher", "distill.likelihood", "distill.lm_eval", "distill.guards", "distill.sharded"),
+    (
+        "distill.teacher",
+        "distill.likelihood",
+        "distill.lm_eval",
+        "distill.offline",
+        "distill.offload",
+        "distill.guards",
+        "distill.sharded",
+    ),
     ("distill.trainer",),  # F5
     (
         "distill.importance",
