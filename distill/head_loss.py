@@ -233,7 +233,7 @@ def in_plain_chunks(
     exact = torch.promote_types(rows.dtype, torch.float32)
     size = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
     total = rows.new_zeros((), dtype=exact)
-    divergence = fused_divergence() if rows.device.type == "cuda" and has_triton() else plain_divergence
+    divergence = fused_divergence() if on_cuda(rows) and has_triton() else plain_divergence
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         h = rows[part]
@@ -270,6 +270,10 @@ def plain_divergence(
 def fused_divergence() -> Callable[..., tuple[Tensor, Tensor]]:
     """``plain_divergence`` compiled for CUDA, its passes over [m, V] fused; not measured on a GPU yet."""
     return torch.compile(plain_divergence, dynamic=True)
+
+
+def on_cuda(rows: Tensor) -> bool:
+    return rows.device.type == "cuda"
 
 
 @functools.cache
