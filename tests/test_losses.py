@@ -151,7 +151,7 @@ def terms(name: str, log_q: torch.Tensor, log_p: torch.Tensor, y: torch.Tensor) 
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "cross_entropy", MIXTURE, "0.5 jsd + 2 cross_entropy"])
-@pytest.mark.parametrize("chunk", [3, 10_000])
+@pytest.mark.parametrize("chunk", [8, 10_000])
 def test_float32_gradients_are_exact(name: str, tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the compiled kernel wherever it knows the terms: within 1e-6 of autograd in float64, and no further from
     it than plain autograd in float32."""
