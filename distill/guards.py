@@ -47,6 +47,11 @@ def check_guards(train: TrainConfig, engine: str) -> None:
             f"train.on_bad_loss={train.on_bad_loss} with engine.name=deepspeed, whose engine updates the weights "
             "before anybody is asked: set train.on_bad_loss=stop, or engine.name=ddp or fsdp"
         )
+    if engine == "fsdp" and train.on_bad_loss == "roll_back":
+        raise UserError(
+            "train.on_bad_loss=roll_back with engine.name=fsdp, whose model cannot be prepared a second time: set "
+            "train.on_bad_loss=skip, or engine.name=ddp"
+        )
     if train.on_bad_loss == "roll_back" and not train.save_steps:
         raise UserError("train.on_bad_loss=roll_back needs checkpoints to go back to: set train.save_steps")
 

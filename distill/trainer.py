@@ -49,10 +49,13 @@ class LanguageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.rates = {**({"mixers": mixer_learning_rate} if mixer_learning_rate else {}), **(rates or {})}
         self.prepared = prepared
+        self.decays: list[float] = []
         self.building: Path | None = None
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._prepare_for_training(*args, **kwargs)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        result = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled and Path(str(resume_from_checkpoint)).name == universal.FOLDER:
+            universal.repair(self, self.decays)
         if self.prepared is not None:
             self.prepared(self)
         return result
@@ -107,6 +110,7 @@ class LanguageTrainer(Trainer):
             split_by_rate(optimizer, self.model, self.rates)
         if fresh and not all(group["params"] for group in optimizer.param_groups):
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self.decays = [float(group["weight_decay"]) for group in optimizer.param_groups] if fresh else self.decays
         return optimizer
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from distill import distributed
@@ -71,6 +72,21 @@ def convert(checkpoint: Path, target: Path) -> None:
             f"{checkpoint} cannot be made ready for another number of processes: {brief(done.stderr[-500:])}"
         )
     (target / "latest_universal").write_text(f"{step.name}_universal", encoding="utf-8")
+
+
+def repair(trainer: Any, decays: list[float]) -> None:
+    """Put right what DeepSpeed's loading of a universal checkpoint does to ZeRO-3's optimizer: every group gets the
+    options of the first, and all groups one step counter, which each of them then counts up.
+
+    ``decays``: the weight decay of every group, as the optimizer was made.
+    """
+    optimizer = trainer.deepspeed.optimizer.optimizer
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    rates = trainer.lr_scheduler.get_last_lr()
+    for group, decay, rate in zip(optimizer.param_groups, decays, rates, strict=True):
+        group["weight_decay"], group["lr"] = decay, rate
 
 
 def remove(target: Path) -> None:
