@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -65,20 +66,36 @@ def expected(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients_are_those_of_the_global_batch(folder: Path, expected: Any, ranks: int) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launch(folder, ranks)
+    check(folder, expected, str(ranks))
+
+
+@pytest.mark.deepspeed
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install 'distill-hybrid[deepspeed]'")
+def test_gradients_reach_a_head_in_parts(folder: Path, expected: Any) -> None:
+    """Under ZeRO-3, the teacher's head in parts too: each is gathered around the chunks."""
+    launch(folder, 2, "zero3")
+    check(folder, expected, "zero3-2")
+
+
+def launch(folder: Path, ranks: int, *engine: str) -> None:
+    """Run the worker on so many real processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    worker = str(Path(__file__).with_name("global_batch_worker.py"))
-    done = subprocess.run(
-        [*launch, worker, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    command += [str(Path(__file__).with_name("global_batch_worker.py")), str(folder), *engine]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def check(folder: Path, expected: tuple[float, dict[str, torch.Tensor]], prefix: str) -> None:
+    """That what the workers wrote is what was expected, with 1 and 4 accumulation steps."""
     loss, gradients = expected
     for accumulation in (1, 4):
-        found = torch.load(folder / f"{ranks}-{accumulation}.pt")
+        found = torch.load(folder / f"{prefix}-{accumulation}.pt")
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
         assert found["gradients"].keys() == gradients.keys()
         ours, plain = (
             torch.cat([each[name].double().flatten() for name in gradients]) for each in (found["gradients"], gradients)
         )
         error = ((ours - plain).norm() / plain.norm()).item()
-        assert error < 1e-6, f"{ranks} ranks, {accumulation} accumulation steps"
+        assert error < 1e-6, f"{prefix} ranks, {accumulation} accumulation steps"
