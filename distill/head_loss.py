@@ -70,7 +70,8 @@ def head_logits(rows: Tensor, head: nn.Module) -> Iterator[TeacherLogits]:
 @contextmanager
 def whole_in_zero(head: nn.Module) -> Iterator[None]:
     """Within, a frozen head that ZeRO-3 has in shards is whole on every rank. All ranks must come here together."""
-    shards = [parameter for parameter in head.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+    parameters = head.parameters(recurse=False)
+    shards = [p for p in parameters if hasattr(p, "ds_id") and not p.numel()]  # whole already: somebody around us did
     if not shards:
         yield
         return

@@ -78,6 +78,8 @@ def main() -> None:
     engine = EngineConfig(name="deepspeed" if name else "auto", config=name)
     torch.set_num_threads(1)
     rows = torch.load(folder / "rows.pt")
+    if name:
+        distributed.join()
     for accumulation in (1, 4):
         with sharing(engine):
             loss, gradients = step(folder, rows, accumulation, engine)
