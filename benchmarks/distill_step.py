@@ -7,10 +7,11 @@ One run, float32 on CPU, same teacher, student, batch and optimizer: a Llama of 
 embeddings, and its hybrid with every second mixer swapped; rows of 1,024 tokens whose first eighth is a prompt. *loss*:
 forward and backward of reverse KL alone, from hidden states to their gradient and that of the student's head. *step*:
 teacher, student, loss, backward, AdamW. Every figure comes from a process of its own, the contenders in turn, in some
-rounds; times are the fastest, peak memory is the process's largest resident size, models and libraries included. TRL:
-``DistillationTrainer`` at beta 1 (its trainer's loss; generation left out). Liger: ``LigerFusedLinearJSDLoss`` at beta
-1 in its own chunks, as it is (*liger*), and with its torch.compile, where there is a C++ compiler (*liger_compiled*).
-All are handed the valid targets only. The last line of output is JSON.
+rounds. Times are the fastest; beside them stands for how long cores were busy, which other work on the machine hardly
+changes. Peak memory is the process's largest resident size, models and libraries included. TRL: ``DistillationTrainer``
+at beta 1 (its trainer's loss; generation left out). Liger: ``LigerFusedLinearJSDLoss`` at beta 1 in its own chunks, as it
+is (*liger*), and with its torch.compile, where there is a C++ compiler (*liger_compiled*). All are handed the valid
+targets only. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -67,21 +68,19 @@ def compare(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
             for who in CONTENDERS[:: -1 if turn % 2 else 1]:  # there and back
                 new = one(what, who, vocabulary, args)
                 old = found[what].setdefault(who, new)
-                old["seconds"] = min(old["seconds"], new["seconds"])
-                old["peak"] = min(old["peak"], new["peak"])
+                old.update({key: min(old[key], new[key]) for key in ("seconds", "busy", "peak")})
         values = {who: row["value"] for who, row in found[what].items()}
         if max(values.values()) - min(values.values()) > 1e-4 * max(values.values()):
             sys.exit(f"the contenders compute different losses: {values}")
         for who, row in found[what].items():
-            print(
-                f"  V {vocabulary:7,}  {what}  {who:14s}{row['seconds']:9.2f} s{row['peak'] / 2**20:9,.0f} MiB",
-                flush=True,
-            )
+            figures = f"{row['seconds']:9.2f} s  (cores busy {row['busy']:8.2f} s){row['peak'] / 2**20:9,.0f} MiB"
+            print(f"  V {vocabulary:7,}  {what}  {who:14s}{figures}", flush=True)
     loss, step = found["loss"], found["step"]
     roofline = loss["ours"]["products"]
     return {
         "loss_speed_ratio_best_peer": min(loss[who]["seconds"] for who in PEERS) / loss["ours"]["seconds"],
         "loss_speed_ratio": {who: loss[who]["seconds"] / loss["ours"]["seconds"] for who in CONTENDERS[1:]},
+        "loss_busy_ratio_best_peer": min(loss[who]["busy"] for who in PEERS) / loss["ours"]["busy"],
         "loss_share_of_products": roofline / loss["ours"]["seconds"],
         "tokens_per_s_ratio_trl": step["trl"]["seconds"] / step["ours"]["seconds"],
         "tokens_per_s": {who: args.tokens / row["seconds"] for who, row in step.items()},
@@ -113,15 +112,16 @@ def measure(what: str, who: str, vocabulary: int, args: argparse.Namespace) -> d
         sys.path.append(str(LIGER))
     run, more = (loss_alone if what == "loss" else whole_step)(who, vocabulary, args.tokens)
     value = run()  # warms up; the first step starts from the same weights for all
-    times = []
+    times, spent = [], []
     for _ in range(args.repeats):
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         run()
         times.append(time.perf_counter() - began)
+        spent.append(time.process_time() - busy)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if what == "loss" and who == "ours":
         more["products"] = products(vocabulary, args.tokens)
-    return {"seconds": min(times), "peak": peak, "value": value, **more}
+    return {"seconds": min(times), "busy": min(spent), "peak": peak, "value": value, **more}
 
 
 def products(vocabulary: int, tokens: int) -> float:
