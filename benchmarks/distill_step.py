@@ -9,8 +9,8 @@ forward and backward of reverse KL alone, from hidden states to their gradient a
 teacher, student, loss, backward, AdamW. Every figure comes from a process of its own, the contenders in turn, in some
 rounds. Times are the fastest; beside them stands for how long cores were busy, which other work on the machine hardly
 changes. Peak memory is the process's largest resident size, models and libraries included. TRL: ``DistillationTrainer``
-at beta 1 (its trainer's loss; generation left out). Liger: ``LigerFusedLinearJSDLoss`` at beta 1 in its own chunks, as it
-is (*liger*), and with its torch.compile, where there is a C++ compiler (*liger_compiled*). All are handed the valid
+at beta 1 (its trainer's loss; generation left out). Liger: ``LigerFusedLinearJSDLoss`` at beta 1 in its own chunks, as
+it is (*liger*), and with its torch.compile, where there is a C++ compiler (*liger_compiled*). All are handed the valid
 targets only. The last line of output is JSON.
 """
 
