@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every training and every candidate
-FIXED = ("mixture", "steps_by_stage", "keep_steps", "save_steps", "source")
+FIXED = ("mixture", "steps_by_stage", "keep_steps", "save_steps", "source", "teacher_mode", "teacher_top_k")
 """Keys of the config that have no meaning for one training."""
 ABOVE_0 = ("steps", "held-out rows", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
 """Numbers of a training that must be above 0; the others may be 0."""

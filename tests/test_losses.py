@@ -285,3 +285,17 @@ def test_a_mixture_is_read_as_it_is_written() -> None:
     assert terms_of("0.9 reverse_kl + 0.1 cross_entropy") == {"reverse_kl": 0.9, "cross_entropy": 0.1}
     assert terms_of("2*jsd+.5*forward_kl") == {"jsd": 2.0, "forward_kl": 0.5}
     assert not needs_teacher("cross_entropy") and needs_teacher(MIXTURE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*LOSSES, MIXTURE])
+def test_cuda_gives_what_the_cpu_does(name: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        hidden, head, other, teacher, labels = setup(torch.float32)
+        hidden = hidden.detach().to(device).requires_grad_()
+        head, teacher = head.to(device), teacher.to(device)
+        loss = distillation_loss(name, hidden, head, other.to(device), teacher, labels.to(device))
+        found.append([each.cpu() for each in (loss, *torch.autograd.grad(loss, [hidden, head.weight, head.bias]))])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)

@@ -55,6 +55,16 @@ def test_an_offloaded_teacher_is_the_teacher(make_llama: Callable[..., Any], tra
         assert all(parameter.data_ptr() == home[name].data_ptr() for name, parameter in block.named_parameters())
 
 
+@pytest.mark.gpu
+def test_an_offloaded_teacher_computes_on_the_gpu(make_llama: Callable[..., Any], traces: Traces) -> None:
+    inputs = {name: tensor.cuda() for name, tensor in collate([traces(2)[0], traces(2)[1]]).items()}
+    inputs.pop("labels")
+    expected = Teacher(make_llama().cuda()).hidden(inputs)
+    teacher = OffloadedTeacher(make_llama())
+    for _ in range(3):
+        assert torch.equal(teacher.hidden(inputs), expected)
+
+
 def test_an_offloaded_teacher_lets_go_of_a_block_that_failed(make_llama: Callable[..., Any]) -> None:
     teacher = OffloadedTeacher(make_llama(), torch.device("cpu"))
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "position_ids": torch.arange(4)[None]}
