@@ -194,6 +194,19 @@ def full_logits(
     return loss.item(), torch.autograd.grad(loss, [h, head.weight, head.bias])
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_the_compiled_kernel_anneals_as_plain_pytorch_does(progress: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, teacher = (nn.Linear(64, 4099) for _ in range(2))
+    hidden, other = torch.randn(B, T, 64, requires_grad=True), torch.randn(B, T, 64)
+    labels, found = torch.randint(0, 4099, (B, T)), []
+    for compiled in (True, False):
+        monkeypatch.setattr(head_loss, "has_numba", lambda compiled=compiled: compiled)
+        loss = distillation_loss("annealed_kl", hidden, head, other, teacher, labels, progress=progress)
+        found.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-7)
+
+
 def test_the_compiled_kernel_is_what_large_vocabularies_get(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is not asked for what it does not know, nor where autocast would change the products."""
     rows, weight = torch.zeros(2, E), torch.zeros(head_loss.COMPILED_VOCABULARY, E)
