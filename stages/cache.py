@@ -13,6 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
+from distill.config import RunConfig
 from distill.errors import UserError
 from distill.mixers import set_kernels
 from distill.offline import OfflineTeacher, write_logits
@@ -25,16 +26,20 @@ from stages.context import OFFLINE, Context, need
 
 
 def main(args: argparse.Namespace) -> int:
-    return stage_main(args, "cache", run_stage)
+    return stage_main(args, "cache", run_stage, check=check_offline)
+
+
+def check_offline(config: RunConfig) -> None:
+    """Raise UserError for a run whose trainings read no cached logits."""
+    if config.train.teacher_mode != OFFLINE:
+        raise UserError(
+            f"train.teacher_mode={config.train.teacher_mode} reads no cached logits: set "
+            f"train.teacher_mode={OFFLINE} (in the config, or behind the command)"
+        )
 
 
 def run_stage(context: Context, stage: Stage) -> bool:
     """Write the logits for one stage's training; returns whether there was anything to do."""
-    if context.config.train.teacher_mode != OFFLINE:
-        raise UserError(
-            f"train.teacher_mode={context.config.train.teacher_mode} reads no cached logits: set "
-            f"train.teacher_mode={OFFLINE} (in the config, or behind the command)"
-        )
     need(context.folder(stage, "swap"), "swap")
     return context.step(stage, "cache").perform(lambda folder: cache(context, stage, folder), resumable=True)
 
