@@ -124,8 +124,12 @@ class Context:
         data, train, mixer = inputs_of(config.data), inputs_of(config.train), inputs_of(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps", *WITHOUT_EFFECT):
             train.pop(key)
-        stored = {key: train.pop(key, getattr(config.train, key)) for key in ("teacher_mode", "teacher_top_k")}
+        for key in ("teacher_mode", "teacher_top_k"):
+            train.pop(key, None)
         offline = config.train.teacher_mode == OFFLINE
+        stored = {"teacher_top_k": config.train.teacher_top_k} if offline else {}
+        # which rows are read, in which batches; and what the gap is measured with
+        read = {key: train[key] for key in ("batch_size", "gradient_accumulation", "eval_rows", "loss", "temperature")}
         for unused in dataclasses.fields(Origin) if config.data.mixture else ():
             data.pop(unused.name, None)
         if not config.data.mixture:
@@ -141,23 +145,15 @@ class Context:
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name, **by_block},
                 "swap": {**base, "mixer": mixer},
-                "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
+                **({"cache": cached} if offline else {}),
+                "train": {**base, "steps": stage.steps, "train": {**train, **stored}, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
             }
-            if offline:  # behind the swap, whose hybrid the gap is measured with
-                rows = {"steps": stage.steps, "batch_size": train["batch_size"], "eval_rows": train["eval_rows"]}
-                gap = {"loss": train["loss"], "temperature": train["temperature"], **trained_on}
-                cached = {**base, **rows, "top_k": stored["teacher_top_k"], "data": data, **gap}
-                inputs["train"]["train"] = {**train, **stored}
-                inputs = {
-                    each: values
-                    for name, values in inputs.items()
-                    for each, values in ((("cache", cached), (name, values)) if name == "train" else ((name, values),))
-                }
             after = {} if start.stage is None else ends[start.stage]
             for name, values in inputs.items():
                 step = Step(f"{stage.folder}/{name}", self.folder(stage, name), values, dict(after), reads[name])

@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFixture[s
     at = f"run_dir={run}"
     assert main(["cache", str(run), at]) == 0
     for change, said in (
-        ("train.teacher_top_k=9", "top_k: 8 -> 9"),
+        ("train.teacher_top_k=9", "teacher_top_k: 8 -> 9"),
         ("seed=1", "seed: 0 -> 1"),
         ("data.sequence_length=32", "sequence_length: 64 -> 32"),
     ):
