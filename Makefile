@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PEERS := $(VENV)/peers
+LIGER := $(VENV)/liger
 DEEPSPEED := $(VENV)/deepspeed
 
-.PHONY: demo test test-slow test-faults test-transformers test-deepspeed smoke bench-mixers lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-transformers test-deepspeed smoke bench-mixers bench-distill lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -49,6 +50,9 @@ smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 bench-mixers: $(PEERS)  ## the mixers beside mamba-ssm's reference, transformers' slow path and attention (some ten minutes)
 	PEERS=$(PEERS) $(BIN)/python benchmarks/mixers.py --plot docs/mixers.png
 
+bench-distill: $(LIGER)  ## a step of distillation beside TRL, Liger and the plain loss (some minutes; 20 GB of memory)
+	LIGER=$(LIGER) $(BIN)/python benchmarks/distill_step.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy
 
@@ -82,6 +86,11 @@ $(PEERS): $(STAMP)  ## sources to measure against, beside the environment and no
 	rm -rf $@
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --no-deps \
 		--no-build-isolation --target $@ mamba-ssm==2.3.2.post1 einops==0.8.2
+	touch $@
+
+$(LIGER): $(STAMP)  ## as above: its chunked losses are plain PyTorch
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ liger-kernel==0.8.5
 	touch $@
 
 clean:

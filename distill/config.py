@@ -76,9 +76,17 @@ class TrainConfig:
     """How a model is trained (AdamW, warm-up, then linear decay)."""
 
     loss: str = "reverse_kl"
-    """``reverse_kl``, ``forward_kl``, ``jsd``, ``annealed_kl`` (forward turning into reverse) or ``cross_entropy``."""
+    """``reverse_kl``, ``forward_kl``, ``jsd``, ``annealed_kl`` (forward turning into reverse) or ``cross_entropy``; or
+    several with weights: ``0.9 reverse_kl + 0.1 cross_entropy``."""
     temperature: float = 1.0
     """tau, applied to both sides."""
+    teacher_mode: str = "auto"
+    """Where the frozen teacher is: ``whole`` (on every device), ``offload`` (in the CPU's memory, its blocks brought to
+    the device one ahead), ``sharded`` (in parts, as DeepSpeed's ZeRO-3 has the student), ``offline`` (its top-k logits
+    are written once and read back: an approximation, whose gap is measured), ``auto`` (sharded under ZeRO-3, else
+    whole). docs/distillation.md."""
+    teacher_top_k: int = 64
+    """Logits that ``offline`` keeps a target."""
     steps: int = 100
     """Optimizer steps a stage."""
     steps_by_stage: list[int] = field(default_factory=list)

@@ -53,6 +53,26 @@ def zero_stage(engine: EngineConfig) -> int:
     return int(read_deepspeed(engine)["zero_optimization"].get("stage", 0)) if engine.name == "deepspeed" else 0
 
 
+def sharded(engine: EngineConfig) -> bool:
+    """Whether DeepSpeed has the model in parts."""
+    return engine.name == "deepspeed" and zero_stage(engine) == 3
+
+
+TEACHER_MODES = ("auto", "whole", "offload", "sharded", "offline")
+
+
+def check_teacher_mode(train: TrainConfig, engine: EngineConfig | None) -> None:
+    """Raise UserError for a teacher that could not be where ``train.teacher_mode`` says."""
+    choose("train.teacher_mode", train.teacher_mode, TEACHER_MODES)
+    if engine is None and train.teacher_mode != "auto":
+        raise UserError(f"train.teacher_mode={train.teacher_mode}: this training has no teacher")
+    if engine is not None and train.teacher_mode == "sharded" and not sharded(engine):
+        raise UserError(
+            "train.teacher_mode=sharded has the teacher in parts as ZeRO-3 has the student: set engine.name=deepspeed "
+            "with engine.config=zero3, or take train.teacher_mode=offload"
+        )
+
+
 def offloaded(engine: EngineConfig) -> tuple[bool, bool]:
     """Whether the optimizer's state, and the weights, wait in the CPU's memory."""
     if engine.name == "fsdp":

@@ -4,23 +4,27 @@ Legend: n = valid target tokens, V = vocabulary, E = hidden size, tau = temperat
 global batch. q = softmax(z_student / tau), p = softmax(z_teacher / tau), both in fp32 (fp64 for fp64 inputs).
 
 Each loss is a function of log-probabilities that returns the loss per token [n] and its gradient with respect to
-the student's tempered logits [n, V]; ``distillation_loss`` does the rest. No [tokens, V] tensor outlives its chunk.
+the student's tempered logits [n, V]; one of several terms is written ``0.9 reverse_kl + 0.1 cross_entropy``.
+``distillation_loss`` takes it through the LM heads (``distill/head_loss.py``). No [tokens, V] tensor outlives a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 from distill.data.pack import IGNORE
-from distill.errors import choose
+from distill.errors import UserError, choose
+from distill.head_loss import Loss, TeacherLogits, head_logits, loss_through_head
+from distill.stored_logits import StoredRows
 
-CHUNK_BYTES = 1 << 26  # the largest [chunk, V] tensor
+EXAMPLE = "'reverse_kl', or terms with weights: '0.9 reverse_kl + 0.1 cross_entropy'"
 
 
 def reverse_kl(log_q: Tensor, log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +72,68 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "annealed_kl": annealed_kl,
     "cross_entropy": cross_entropy,
 }
+WITHOUT_TEACHER = ("cross_entropy",)
+
+
+def terms_of(loss: str, key: str = "loss") -> dict[str, float]:
+    """The terms of a loss with their weights: ``reverse_kl``, or ``0.9 reverse_kl + 0.1 cross_entropy``.
+
+    Raises UserError, with the ``key`` it came from, for a name that there is not (naming the nearest), a term twice,
+    and weights that cannot be.
+    """
+    terms: dict[str, float] = {}
+    for part in loss.split("+"):
+        found = re.fullmatch(r"\s*(?:([0-9.]+(?:[eE]-?[0-9]+)?)\s*\*?\s+|([0-9.]+)\*)?([A-Za-z_][\w-]*)\s*", part)
+        if found is None:
+            raise UserError(
+                f"{key}='{loss[:120]}' cannot be read: write {EXAMPLE}; there are {', '.join(sorted(LOSSES))}"
+            )
+        name, weight = choose(key, found[3], LOSSES), _number(found[1] or found[2] or "1")
+        if name in terms:
+            raise UserError(f"{key}='{loss}' has {name} twice")
+        if not 0 < weight < math.inf:
+            raise UserError(f"{key}='{loss}': the weight of {name} must be a number above 0; write {EXAMPLE}")
+        terms[name] = weight
+    return terms
+
+
+def _number(text: str) -> float:
+    return float(text) if text.count(".") < 2 and text != "." else math.nan
+
+
+def needs_teacher(loss: str) -> bool:
+    """Whether any term looks at the teacher."""
+    return any(name not in WITHOUT_TEACHER for name in terms_of(loss))
+
+
+def build_loss(loss: str, progress: float = 1.0) -> Loss:
+    """The loss as the chunks take it; ``progress`` (0 to 1) is how much of the training is over."""
+    terms = terms_of(loss)
+    functions = {name: LOSSES[name] for name in terms}
+    if "annealed_kl" in functions:
+        functions["annealed_kl"] = partial(annealed_kl, progress=progress)
+    plain = next(iter(functions.values())) if list(terms.values()) == [1.0] else partial(weighted, functions, terms)
+    parts = {name: weight for name, weight in terms.items() if name != "annealed_kl"}
+    if annealed := terms.get("annealed_kl", 0.0):
+        for name, share in (("forward_kl", 1 - progress), ("reverse_kl", progress)):
+            parts[name] = parts.get(name, 0.0) + annealed * share
+    return Loss(plain, parts, needs_teacher(loss))
+
+
+def weighted(
+    functions: Mapping[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]],
+    terms: Mapping[str, float],
+    log_q: Tensor,
+    log_p: Tensor,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of several losses and of their gradients."""
+    values, gradient = log_q.new_zeros(len(log_q)), torch.zeros_like(log_q)
+    for name, weight in terms.items():
+        value, slope = functions[name](log_q, log_p, targets)
+        values += weight * value
+        gradient.add_(slope, alpha=weight)
+    return values, gradient
 
 
 def valid_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,94 +142,61 @@ def valid_targets(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1][keep], labels[:, 1:][keep]
 
 
+def count_targets(labels: Tensor) -> Tensor:
+    """How many targets labels [B, T] (not shifted) have: none is predicted at position 0."""
+    return (labels[:, 1:] != IGNORE).sum()
+
+
 def distillation_loss(
-    name: str,
+    loss: str,
     hidden: Tensor,
     head: nn.Module,
-    teacher_hidden: Tensor,
-    teacher_head: nn.Module,
+    teacher_hidden: Tensor | StoredRows,
+    teacher_head: nn.Module | None,
     labels: Tensor,
     *,
     temperature: float = 1.0,
     count: Tensor | float | None = None,
     progress: float = 1.0,
 ) -> Tensor:
-    """The loss ``name`` of a batch, a scalar, divided by ``count`` (by default the valid targets of this batch).
+    """A loss of a batch, a scalar, divided by ``count`` (by default the valid targets of this batch).
 
     Args:
-        hidden, teacher_hidden: final hidden states [B, T, E] and [B, T, E'].
+        loss: its name, or its terms with their weights (``terms_of``).
+        hidden, teacher_hidden: final hidden states [B, T, E] and [B, T, E']; of an offline teacher what it has stored.
         head, teacher_head: LM heads (``weight`` [V, E] and [V, E'], optional ``bias`` [V]).
         labels: [B, T], not shifted; -100 where no loss is taken.
+        count: valid targets of the global batch (all ranks, all accumulation steps).
         progress: share of the training that is over, for a loss that changes on the way (``annealed_kl``).
 
     No valid target, here or in the global batch, gives 0 (with a zero gradient), not NaN.
     """
-    choose("loss", name, LOSSES)
-    loss = partial(annealed_kl, progress=progress) if name == "annealed_kl" else LOSSES[name]
-    rows, targets = valid_targets(hidden, labels)
+    options: Any = {"temperature": temperature, "count": count, "progress": progress}
+    if isinstance(teacher_hidden, StoredRows):
+        return loss_of_batch(loss, hidden, head, teacher_hidden.logits(labels), labels, **options)
+    assert teacher_head is not None
     with torch.no_grad():
         teacher_rows, _ = valid_targets(teacher_hidden, labels)
+    with head_logits(teacher_rows, teacher_head) as teacher:
+        return loss_of_batch(loss, hidden, head, teacher, labels, **options)
+
+
+def loss_of_batch(
+    loss: str,
+    hidden: Tensor,
+    head: nn.Module,
+    teacher: TeacherLogits | None,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    count: Tensor | float | None = None,
+    progress: float = 1.0,
+) -> Tensor:
+    """As ``distillation_loss``, of any source of the teacher's logits (None: of a loss that looks at no teacher)."""
+    rows, targets = valid_targets(hidden, labels)
     if count is None:
         count = float(len(targets))
     count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
-    return ChunkedLoss.apply(
-        rows, head.weight, head.bias, teacher_rows, teacher_head.weight, teacher_head.bias,
-        targets, loss, temperature, count,
-    )  # fmt: skip
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Sum over tokens of a loss / count. The gradients are made chunk by chunk in forward, so that the logits of
-    both models exist only for one chunk; backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        teacher_rows: Tensor,
-        teacher_weight: Tensor,
-        teacher_bias: Tensor | None,
-        targets: Tensor,
-        loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-        temperature: float,
-        count: Tensor | float,
-    ) -> Tensor:
-        exact = torch.promote_types(rows.dtype, torch.float32)
-        chunk = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
-        total = rows.new_zeros((), dtype=exact)
-        grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and ctx.needs_input_grad[2] else None
-        needs_teacher = loss is not cross_entropy
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            h = rows[part]
-            log_q = log_softmax(nn.functional.linear(h, weight, bias).to(exact) / temperature, -1)
-            log_p = log_q
-            if needs_teacher:
-                logits = nn.functional.linear(teacher_rows[part], teacher_weight, teacher_bias)
-                log_p = log_softmax(logits.to(exact) / temperature, -1)
-            values, gradient = loss(log_q, log_p, targets[part])
-            total += values.sum()
-            gradient = gradient / (temperature * count)
-            if grad_rows is not None:
-                grad_rows[part] = gradient.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                grad_weight += (gradient.to(h.dtype).T @ h).to(exact)
-            if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-        ctx.save_for_backward(*[g for g in (grad_rows, grad_weight, grad_bias) if g is not None])
-        ctx.present = [g is not None for g in (grad_rows, grad_weight, grad_bias)]
-        ctx.dtypes = [rows.dtype, weight.dtype, bias.dtype if bias is not None else None]
-        return total / count
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        gradients = [
-            (next(saved) * grad_outputs[0]).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
-        ]
-        return (*gradients, *[None] * 7)
+    return loss_through_head(
+        build_loss(loss, progress), rows, head, teacher, targets, temperature=temperature, count=count
+    )

@@ -24,7 +24,7 @@ from distill.hybrid.surgery import check_convertible, check_model
 from distill.importance import Metric, Setup, available, scorer
 from distill.importance.mmr import TRAINABLE
 from distill.likelihood import check_question, requests_of
-from distill.losses import LOSSES
+from distill.losses import terms_of
 from distill.mixers import ATTENTION
 from distill.mixers import available as mixers
 from distill.placement import replaced_blocks
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every training and every candidate
-FIXED = ("mixture", "steps_by_stage", "keep_steps", "save_steps", "source")
+FIXED = ("mixture", "steps_by_stage", "keep_steps", "save_steps", "source", "teacher_mode", "teacher_top_k")
 """Keys of the config that have no meaning for one training."""
 ABOVE_0 = ("steps", "held-out rows", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
 """Numbers of a training that must be above 0; the others may be 0."""
@@ -192,7 +192,7 @@ def training_rows(
     for key, value in {**asdict(train), "steps": steps, "held-out rows": heldout}.items():
         if isinstance(value, (int, float)) and not (value > 0 if key in ABOVE_0 else value >= 0):
             raise UserError(f"{key}={value} must be {'above 0' if key in ABOVE_0 else 'at least 0'}")
-    choose("loss", train.loss, LOSSES)
+    terms_of(train.loss)
     if model.dtype != torch.float32:
         raise UserError(f"float32 weights are trained, the model has {model.dtype}: load it with dtype='float32'")
     rows.source = str(data)

@@ -86,14 +86,14 @@ def check_files(name: str) -> None:
         headers(folder)
 
 
-def load_model(name: str, dtype: str = "float32", *, convertible: bool = True) -> Any:
-    """A causal LM in eval mode on the GPU if there is one; safetensors only.
+def load_model(name: str, dtype: str = "float32", *, convertible: bool = True, device: str = "") -> Any:
+    """A causal LM in eval mode, on ``device`` or else on the GPU if there is one; safetensors only.
 
     Raises UserError for anything that cannot be loaded, and for weights that are not finite.
     """
     load_config(name, convertible=convertible)
     check_files(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve(name)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -22,6 +22,7 @@ VERBS = {
     "score": "stages.score",
     "place": "stages.place",
     "swap": "stages.swap",
+    "cache": "stages.cache",
     "train": "stages.train",
     "measure": "stages.measure",
     "bench": "stages.bench",
@@ -203,11 +204,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         sub.add_argument(
             "overrides", metavar="key=value", nargs="*", default=[], help="config values set over the file's"
         )
-        if verb in ("score", "place", "swap", "train"):
+        if verb in ("score", "place", "swap", "cache", "train"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
         if verb == "sft":
             sub.add_argument("--stage", help="H1-5, or its number; by default the last one that is distilled")
-        if verb in ("run", "score", "place", "swap", "train", "sft"):
+        if verb in ("run", "score", "place", "swap", "cache", "train", "sft"):
             sub.add_argument(
                 "--force", action="store_true", help="redo what was made with other inputs, and what follows"
             )

@@ -19,13 +19,15 @@ from stages.lineage import kept
 
 LATER = (
     "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
-    "learning_rates", "freeze", "on_bad_loss", "spike",
+    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_start", "reasoning_end")
 """The same of ``measure`` and ``score.loo``."""
 
 
+OFFLINE = "offline"
+"""The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
 
@@ -125,6 +127,12 @@ class Context:
         data, train, mixer = inputs_of(config.data), inputs_of(config.train), inputs_of(config.mixer)
         for key in ("steps", "steps_by_stage", "save_steps", "keep_steps", *WITHOUT_EFFECT):
             train.pop(key)
+        for key in ("teacher_mode", "teacher_top_k"):
+            train.pop(key, None)
+        offline = config.train.teacher_mode == OFFLINE
+        stored = {"teacher_top_k": config.train.teacher_top_k} if offline else {}
+        # which rows are read, in which batches; and what the gap is measured with
+        read = {key: train[key] for key in ("batch_size", "gradient_accumulation", "eval_rows", "loss", "temperature")}
         for unused in dataclasses.fields(Origin) if config.data.mixture else ():
             data.pop(unused.name, None)
         if not config.data.mixture:
@@ -140,11 +148,13 @@ class Context:
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = {"scorer": stage.scorer, **inputs_of(getattr(config.score, stage.scorer), LATER_MEASURED)}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name, **by_block},
                 "swap": {**base, "mixer": mixer},
-                "train": {**base, "steps": stage.steps, "train": train, "data": data, **trained_on},
+                **({"cache": cached} if offline else {}),
+                "train": {**base, "steps": stage.steps, "train": {**train, **stored}, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
             }
             after = {} if start.stage is None else ends[start.stage]
@@ -163,12 +173,13 @@ class Context:
         if stage.start.stage is not None:
             source = self.stages[stage.start.stage]
             model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
-        train = self.folder(stage, "train")
+        train, cache = self.folder(stage, "train"), self.folder(stage, "cache")
         return {
             "score": (*model, *mixers),
             "place": (self.folder(stage, "score"), *mixers),
             "swap": (self.folder(stage, "place"), *model),
-            "train": (self.folder(stage, "swap"),),
+            "cache": (self.folder(stage, "swap"),),
+            "train": (self.folder(stage, "swap"), *([cache] if self.config.train.teacher_mode == OFFLINE else [])),
             "measure": (train / "checkpoint", train / "train.json"),
         }
 

@@ -18,7 +18,7 @@ from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
-from distill.engine import ENGINES
+from distill.engine import ENGINES, check_teacher_mode
 from distill.errors import UserError, brief, choose, nearest
 from distill.groups import check_groups
 from distill.guards import check_guards
@@ -26,7 +26,7 @@ from distill.hybrid.config import mixer_options
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
-from distill.losses import LOSSES
+from distill.losses import terms_of
 from distill.mixers import available as mixers
 from distill.mixers import check_used, mixer_class
 from distill.ops.kernels import CHOICES, DEVICES, check_kernel
@@ -36,7 +36,7 @@ ABOVE_0 = math.ulp(0.0)  # the smallest number above 0
 LOWEST: dict[str, float] = {
     r"data\.sequence_length": 2,  # one token has no next one to learn
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
-    r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
+    r"train\.((steps_by_stage|keep_steps)\[.*|teacher_top_k)": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
     r"measure\.(samples|top_p)": ABOVE_0,
@@ -181,7 +181,8 @@ def check_pretrain(config: PretrainConfig) -> None:
 
 def _check_training(config: RunConfig | PretrainConfig) -> None:
     """Numbers in their ranges, and the parts that both kinds of config share."""
-    choose("train.loss", config.train.loss, LOSSES)
+    terms_of(config.train.loss, "train.loss")
+    check_teacher_mode(config.train, config.engine if isinstance(config, RunConfig) else None)
     check_groups(config.train)
     check_guards(config.train, config.engine.name if isinstance(config, RunConfig) else "none")
     check_options(config.data)

@@ -26,17 +26,20 @@ from transformers import TrainingArguments
 from distill import distributed
 from distill.checkpoints import checkpoints_of
 from distill.data.mixture import counts_record, describe_rows
-from distill.engine import engine_of, loaded_whole, sharing, wrapped_by, zero_stage
+from distill.engine import engine_of, loaded_whole, sharded, sharing, wrapped_by
 from distill.groups import describe_groups, freeze, rates_of
 from distill.mixers import set_kernels
+from distill.offline import OfflineTeacher
+from distill.offload import OffloadedTeacher
 from distill.progress import KeepBest, KeepSteps, append_line, logged_minutes
 from distill.records import read_json, write_json
 from distill.schedule import Stage
 from distill.storage import new_folder
-from distill.teacher import Teacher, load_model, load_tokenizer
+from distill.teacher import Teacher, load_config, load_model, load_tokenizer
 from distill.trainer import DistillTrainer, fit, heldout_loss, training_arguments
+from stages import cache
 from stages.common import HELD_OUT_SEED, begin, say, stage_main
-from stages.context import Context, need
+from stages.context import OFFLINE, Context, need
 from stages.lineage import kept, lineage
 from stages.ranks import check_job, share
 
@@ -51,6 +54,8 @@ def main(args: argparse.Namespace) -> int:
 def run_stage(context: Context, stage: Stage) -> bool:
     """Distil one stage; returns whether there was anything to do."""
     need(context.folder(stage, "swap"), "swap")
+    if context.config.train.teacher_mode == OFFLINE:
+        cache.run_stage(context, stage)
     step = context.step(stage, "train")
     return step.perform(lambda folder: train(context, stage, folder), resumable=True, scratch=SCRATCH)
 
@@ -67,10 +72,16 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
         distil(context, stage, folder)
 
 
-def load_teacher(context: Context) -> Teacher:
-    """The teacher, whole on every process, or in parts where DeepSpeed has the student in parts."""
-    config = context.config
-    if config.engine.name == "deepspeed" and zero_stage(config.engine) == 3:
+def load_teacher(context: Context, stage: Stage) -> Teacher:
+    """The teacher as ``train.teacher_mode`` has it."""
+    config, mode = context.config, context.config.train.teacher_mode
+    if mode == OFFLINE:
+        vocabulary = load_config(config.teacher).vocab_size
+        return OfflineTeacher(context.folder(stage, "cache") / "logits", vocabulary)
+    if mode == "offload":
+        with loaded_whole():
+            return OffloadedTeacher(load_model(config.teacher, config.dtype, device="cpu"))
+    if mode == "sharded" or (mode == "auto" and sharded(config.engine)):
         from distill.sharded import ShardedTeacher
 
         return ShardedTeacher(load_model(config.teacher, config.dtype))
@@ -89,7 +100,7 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
     arguments: TrainingArguments = training_arguments(
         options, stage.steps, folder / "checkpoints", seed, config.dtype, engine=config.engine
     )
-    teacher = load_teacher(context)
+    teacher = load_teacher(context, stage)
     student = load_model(str(context.folder(stage, "swap") / "checkpoint"))
     set_kernels(student, config.kernels)
     freeze(student, options.freeze)

@@ -10,9 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
-STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report quantize status cancel"
-)
+STAGES = "pretrain traces show plan score place swap cache train measure sft merge package bench report quantize status cancel"
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
 # A package's __init__ is named by itself: distill/__init__.py is the public interface, on the floor of what it names.
@@ -44,6 +42,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.mixers",
         "distill.mixers.*",
         "distill.losses",
+        "distill.head_loss",
+        "distill.stored_logits",
         "distill.data",
         "distill.data.*",
     ),
@@ -53,6 +53,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.teacher",
         "distill.likelihood",
         "distill.lm_eval",
+        "distill.offline",
+        "distill.offload",
         "distill.guards",
         "distill.sharded",
         "distill.footprint",

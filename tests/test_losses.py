@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import log_softmax, softmax
 
-from distill import losses
+from distill import head_loss
 from distill.data.pack import IGNORE
 from distill.errors import UserError
-from distill.losses import LOSSES, distillation_loss
+from distill.losses import LOSSES, build_loss, distillation_loss, needs_teacher, terms_of
 
 B, T, E, F, V = 3, 11, 8, 6, 23
 
@@ -47,7 +51,7 @@ def plain(
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 4, 10_000])
 def test_equals_plain_autograd(name: str, tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_BYTES", chunk * V * 8)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", chunk * V * 8)
     hidden, head, other, teacher, labels = setup()
     expected = plain(name, head(hidden), teacher(other).detach(), labels, tau)
     wanted = torch.autograd.grad(expected, [hidden, head.weight, head.bias])
@@ -79,7 +83,7 @@ def test_gradcheck(name: str) -> None:
 
 def with_weight(head: nn.Linear, weight: torch.Tensor) -> nn.Module:
     module = nn.Module()
-    module.weight, module.bias = weight, head.bias.detach()
+    module.weight, module.bias = weight, None if head.bias is None else head.bias.detach()
     return module
 
 
@@ -127,3 +131,184 @@ def test_extreme_logits_stay_finite() -> None:
 def test_unknown_loss_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'reverse_kl'"):
         distillation_loss("reverse_kll", *setup())
+
+
+MIXTURE = "0.6 reverse_kl + 0.3 forward_kl + 0.1 cross_entropy"
+
+
+def terms(name: str, log_q: torch.Tensor, log_p: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A mixture by its definition, per token, from tempered log-probabilities."""
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)  # noqa: E731
+    m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0, dtype=log_q.dtype))
+    each = {
+        "reverse_kl": kl(log_q, log_p),
+        "forward_kl": kl(log_p, log_q),
+        "jsd": (kl(log_p, m) + kl(log_q, m)) / 2,
+        "cross_entropy": -log_q.gather(1, y[:, None])[:, 0],
+    }
+    return sum(weight * each[term] for term, weight in terms_of(name).items())
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "cross_entropy", MIXTURE, "0.5 jsd + 2 cross_entropy"])
+@pytest.mark.parametrize("chunk", [8, 10_000])
+def test_float32_gradients_are_exact(name: str, tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the compiled kernel wherever it knows the terms: within 1e-6 of autograd in float64, and no further from
+    it than plain autograd in float32."""
+    vocabulary, width = 4099, 64
+    monkeypatch.setattr(head_loss, "COMPILED_BYTES", chunk * vocabulary * 4)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", chunk * vocabulary * 4)
+    torch.manual_seed(0)
+    head, teacher = nn.Linear(width, vocabulary), nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    hidden, other = torch.randn(B, T, width, requires_grad=True), torch.randn(B, T, width)
+    labels = torch.randint(0, vocabulary, (B, T))
+    labels[0, :5] = labels[2] = IGNORE
+    loss = distillation_loss(name, hidden, head, other, teacher, labels, temperature=tau, count=40.0)
+    got = torch.autograd.grad(loss * 3, [hidden, head.weight, head.bias])
+    wanted, plain_ones = (
+        full_logits(name, hidden.to(dtype), head, other.to(dtype), teacher, labels, tau, 40.0 / 3)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert loss.item() * 3 == pytest.approx(wanted[0], rel=1e-5)
+    for own, exact, rounded in zip(got, wanted[1], plain_ones[1], strict=True):
+        far, plain_far = (((one - exact).norm() / exact.norm()).item() for one in (own, rounded))
+        assert far < max(1e-6, plain_far), f"plain autograd is at {plain_far:.1e}"
+
+
+def full_logits(
+    name: str,
+    h: torch.Tensor,
+    head: nn.Module,
+    ht: torch.Tensor,
+    teacher: nn.Module,
+    y: torch.Tensor,
+    tau: float,
+    n: float,
+) -> tuple[float, tuple[torch.Tensor, ...]]:
+    """The loss over full logits / n in the type of h, and by autograd its gradient of h, weight and bias."""
+    head, teacher = (copy.deepcopy(module).to(h.dtype) for module in (head, teacher))
+    h, keep = h.detach().requires_grad_(), y[:, 1:] != IGNORE
+    log_q = log_softmax(head(h)[:, :-1][keep] / tau, -1)
+    log_p = log_softmax(teacher(ht)[:, :-1][keep] / tau, -1)
+    loss = terms(name, log_q, log_p, y[:, 1:][keep]).sum() / n
+    return loss.item(), torch.autograd.grad(loss, [h, head.weight, head.bias])
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_the_compiled_kernel_anneals_as_plain_pytorch_does(progress: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, teacher = (nn.Linear(64, 4099) for _ in range(2))
+    hidden, other = torch.randn(B, T, 64, requires_grad=True), torch.randn(B, T, 64)
+    labels, found = torch.randint(0, 4099, (B, T)), []
+    for compiled in (True, False):
+        monkeypatch.setattr(head_loss, "has_numba", lambda compiled=compiled: compiled)
+        loss = distillation_loss("annealed_kl", hidden, head, other, teacher, labels, progress=progress)
+        found.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_the_compiled_kernel_is_what_large_vocabularies_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is not asked for what it does not know, nor where autocast would change the products."""
+    rows, weight = torch.zeros(2, E), torch.zeros(head_loss.COMPILED_VOCABULARY, E)
+    serves = lambda name, *tensors: head_loss.compiled_serves(build_loss(name), *tensors)  # noqa: E731
+    assert serves(MIXTURE, rows, weight) and serves("annealed_kl", rows, weight)
+    assert not serves("jsd", rows, weight) and not serves("reverse_kl", rows, weight[:-1])
+    assert not serves("reverse_kl", rows.double(), weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not serves("reverse_kl", rows, weight)
+    monkeypatch.setattr(head_loss, "has_numba", lambda: False)
+    assert not serves("reverse_kl", rows, weight)
+
+
+@pytest.mark.parametrize("vocabulary", [23, 4099])
+def test_tied_embeddings_get_both_gradients(vocabulary: int) -> None:
+    """The head's weight is the embedding's: what comes of the loss is added to what comes through the states."""
+    torch.manual_seed(0)
+    weight = (torch.randn(vocabulary, 64, dtype=torch.float64) / 8).requires_grad_()
+    teacher, ids = nn.Linear(64, vocabulary, bias=False, dtype=torch.float64), torch.randint(0, vocabulary, (2, 6))
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        tied, own = weight.detach().to(dtype).requires_grad_(), copy.deepcopy(teacher).to(dtype).requires_grad_(False)
+        hidden = torch.tanh(nn.functional.embedding(ids, tied))
+        if dtype == torch.float32:
+            loss = distillation_loss("reverse_kl", hidden, with_weight(own, tied), hidden.detach(), own, ids)
+        else:
+            loss = plain("reverse_kl", hidden @ tied.T, own(hidden.detach()), ids, 1.0)
+        gradients.append(torch.autograd.grad(loss, tied)[0])
+    assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("vocabulary", [23, 4099])
+def test_a_frozen_head_gets_no_gradient(vocabulary: int) -> None:
+    head, teacher = (nn.Linear(E, vocabulary, bias=False).requires_grad_(False) for _ in range(2))
+    hidden = torch.randn(2, 5, E, requires_grad=True)
+    distillation_loss("reverse_kl", hidden, head, hidden.detach(), teacher, torch.ones(2, 5, dtype=int)).backward()
+    assert hidden.grad is not None and head.weight.grad is None
+    with torch.no_grad():  # as it is evaluated: nothing wants a gradient
+        assert distillation_loss(MIXTURE, hidden, head, hidden, teacher, torch.ones(2, 5, dtype=int)) > 0
+
+
+@pytest.mark.parametrize("vocabulary", [23, 4099])
+def test_nan_comes_out(vocabulary: int) -> None:
+    head, teacher = (nn.Linear(E, vocabulary, bias=False) for _ in range(2))
+    hidden = torch.randn(1, 5, E)
+    hidden[0, 2, 0] = torch.nan
+    labels = torch.ones(1, 5, dtype=torch.int64)
+    assert torch.isnan(distillation_loss("reverse_kl", hidden, head, torch.randn(1, 5, E), teacher, labels))
+
+
+def test_chunks_on_cuda_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the device and the compiler: the same numbers, from what was compiled."""
+    calls = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        assert options == {"dynamic": True}
+        return lambda *inputs: calls.append(function) or function(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(head_loss, "has_triton", lambda: True)
+    monkeypatch.setattr(head_loss, "on_cuda", lambda rows: True)
+    head_loss.fused_divergence.cache_clear()
+    found = distillation_loss("reverse_kl", *setup())
+    assert calls == [head_loss.plain_divergence]
+    head_loss.fused_divergence.cache_clear()
+    monkeypatch.undo()
+    torch.testing.assert_close(found, distillation_loss("reverse_kl", *setup()))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0.9 reverse_kll + 0.1 jsd", "did you mean 'reverse_kl'"),
+        ("0.9reverse_kl", "write 'reverse_kl', or terms with weights"),
+        ("", "cannot be read"),
+        ("jsd + jsd", "has jsd twice"),
+        ("0 jsd", "must be a number above 0"),
+        ("1e999 jsd", "must be a number above 0"),
+        ("1..2 jsd", "must be a number above 0"),
+        ("-1 jsd", "cannot be read"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        terms_of(text, "train.loss")
+
+
+def test_a_mixture_is_read_as_it_is_written() -> None:
+    assert terms_of("0.9 reverse_kl + 0.1 cross_entropy") == {"reverse_kl": 0.9, "cross_entropy": 0.1}
+    assert terms_of("2*jsd+.5*forward_kl") == {"jsd": 2.0, "forward_kl": 0.5}
+    assert not needs_teacher("cross_entropy") and needs_teacher(MIXTURE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*LOSSES, MIXTURE])
+def test_cuda_gives_what_the_cpu_does(name: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        hidden, head, other, teacher, labels = setup(torch.float32)
+        hidden = hidden.detach().to(device).requires_grad_()
+        head, teacher = head.to(device), teacher.to(device)
+        loss = distillation_loss(name, hidden, head, other.to(device), teacher, labels.to(device))
+        found.append([each.cpu() for each in (loss, *torch.autograd.grad(loss, [hidden, head.weight, head.bias]))])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
