@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a training finishes its step and writes a checkpoint, all else stops at once."""
+"""SIGTERM, SIGINT and SIGUSR1: a training finishes its step and writes a checkpoint, all else stops at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _asked: int | None = None
 _deferred = False
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -52,14 +53,15 @@ def open_run(
     force: bool = False,
     write: bool = True,
     also: Callable[[Context], list[Step]] | None = None,
+    config: RunConfig | None = None,
 ) -> Context:
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
     With ``write`` the resolved config goes to ``run.yaml``, and what was finished with other inputs is refused, or
     (``force``) forgotten together with all that depends on it: steps of the run, and those that ``also`` names (a
-    fine-tuning is checked only by the verb that does it).
+    fine-tuning is checked only by the verb that does it). ``config`` stands in for the one that would be read.
     """
-    config = read_config(target, overrides)
+    config = config or read_config(target, overrides)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
     if not config.threads and existing.is_file():  # a run keeps its number of threads on another machine
         config.threads = load_config(RunConfig, existing).threads
@@ -74,18 +76,7 @@ def open_run(
         hybrid_config(model, replace(attention, [block], config.mixer.of), config.mixer)
     if write:
         check_device(config)
-        check_files(config.teacher)
-        sources = [entry.source for entry in config.data.mixture] or [config.data.source]
-        check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
-        check_data(config.data, lambda: load_tokenizer(config.teacher))
-        tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
-        check_tasks(tasks, allow_code=config.measure.allow_code_execution)
-        window = getattr(model, "max_position_embeddings", None) or float("inf")
-        if config.measure.max_new_tokens >= window:
-            raise UserError(
-                f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
-                f"teacher's {window} positions (max_position_embeddings): it must be below that"
-            )
+        check_inputs(config, model)
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)
     folders = {stage.start.path for stage in stages} - {""}
@@ -106,6 +97,23 @@ def open_run(
         except OSError as error:
             raise UserError(f"cannot write to run_dir={config.run_dir}: {error.strerror}") from error
     return context
+
+
+def check_inputs(config: RunConfig, model: Any) -> None:
+    """Raise UserError for files, a tokenizer, data or tasks that could not be worked with; ``model`` is the teacher's
+    config."""
+    check_files(config.teacher)
+    sources = [entry.source for entry in config.data.mixture] or [config.data.source]
+    check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
+    check_data(config.data, lambda: load_tokenizer(config.teacher))
+    tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
+    check_tasks(tasks, allow_code=config.measure.allow_code_execution)
+    window = getattr(model, "max_position_embeddings", None) or float("inf")
+    if config.measure.max_new_tokens >= window:
+        raise UserError(
+            f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
+            f"teacher's {window} positions (max_position_embeddings): it must be below that"
+        )
 
 
 def check_finished(context: Context, also: list[Step], *, force: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
 STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize status "
+    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize launch "
     "cancel"
 )
 
@@ -73,11 +73,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.context",
         "stages.failures",
         "stages.identity",
+        "stages.jobs",
+        "stages.ledger",
         "stages.lineage",
+        "stages.slurm",
         "stages.targets",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
-    ("stages.submit",),
+    ("stages.submit", "stages.status"),
     ("stages.pipeline",),  # F11
     ("stages.cli",),
 )

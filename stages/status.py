@@ -1,0 +1,134 @@
+"""How a run stands: what its folder holds, and what the scheduler says of its jobs, in one table.
+
+    distill status runs/demo
+
+CONFIG or RUN, submitted or not. Without a scheduler the table shows the run folder's records alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import lock
+from stages import ledger
+from stages.common import say
+from stages.jobs import AGAIN, Job, chain
+from stages.lineage import stages_of
+from stages.plan import teacher_config
+from stages.slurm import SchedulerError, Task
+from stages.targets import read_config
+
+FAILED = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one job stands: what the run folder holds of its work, and the scheduler's word."""
+
+    job: Job
+    work: str
+    """``done``, ``3 of 10``, ``step 120 of 200`` or ``-``."""
+    id: str = ""
+    state: str = ""
+    elapsed: str = ""
+    nodes: str = ""
+    why: str = ""
+    log: str = ""
+
+    @property
+    def done(self) -> bool:
+        return self.work == "done"
+
+
+def main(args: argparse.Namespace) -> int:
+    config = read_config(args.target, args.overrides)
+    run = Path(config.run_dir).expanduser().absolute()
+    stages = stages_of(config, teacher_config(config))
+    steps = {stage.folder: stage.steps for stage in stages}
+    asked, notes = True, []
+    try:
+        standing = ledger.standing(run)
+    except SchedulerError as error:
+        standing, asked = {}, False
+        notes.append(f"the run folder's records alone: {error}")
+    jobs = chain(config.name, run, stages)
+    rows = [row(run, job, steps.get(job.key.partition("/")[0], 0), standing.get(job.key, [])) for job in jobs]
+    say(table(rows))
+    found = lock.holder(run / "run.lock")
+    if found is not None and found[0] and not found[0]["job"]:
+        notes.append(f"the folder is held by {found[0]['command']} (host {found[0]['host']}, pid {found[0]['pid']})")
+    for line in [*notes, *advice(run, rows, asked)]:
+        say(line)
+    return 0
+
+
+def row(run: Path, job: Job, steps: int, tasks: Sequence[Task]) -> Row:
+    """One row of the table; ``steps`` are those of the stage's training, ``tasks`` the scheduler's of this job."""
+    submitted = [entry for entry in ledger.entries(run) if entry.key == job.key]
+    if not submitted:
+        return Row(job, work(run, job, steps))
+    newest = submitted[-1].id
+    log = str(ledger.jobs_folder(run) / f"{job.file}-{newest}{'_*' if job.tasks else ''}.out")
+    label, states = str(newest), Counter(task.state for task in tasks)
+    bad = next((task for task in tasks if task.state in FAILED or task.state == "CANCELLED"), None)
+    one = bad or next((task for task in tasks if task.live), None) or (tasks[-1] if tasks else None)
+    if one is None:  # forgotten by the scheduler: what the job itself wrote down
+        code = ledger.exit_codes(run, job).get(newest)
+        state = "" if code is None else "COMPLETED" if code == 0 else "again" if code in AGAIN else f"exit code {code}"
+        return Row(job, work(run, job, steps), label, state, log=log)
+    state = one.state if len(states) == 1 else ", ".join(f"{count} {name}" for name, count in states.most_common())
+    if bad is not None:
+        label = bad.label
+        log = log.replace("_*", f"_{bad.index}").replace(f"-{newest}", f"-{bad.id}")
+    return Row(job, work(run, job, steps), label, state, one.elapsed, one.nodes, one.reason, log)
+
+
+def work(run: Path, job: Job, steps: int) -> str:
+    """What the run folder holds of a job's work."""
+    if ledger.finished(run, job):
+        return "done"
+    if job.tasks and (count := len(job.tasks) - len(ledger.unscored(run, job))):
+        return f"{count} of {len(job.tasks)}"
+    if job.kind == "train" and (step := ledger.steps_trained(run, job)):
+        return f"step {step} of {steps}"
+    return "-"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    lines = [("step", "work", "job", "state", "time", "nodes", "why")]
+    lines += [(row.job.key, row.work, row.id, row.state, row.elapsed, row.nodes, row.why) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([padded[0], "  ".join("-" * width for width in widths if width), *padded[1:]])
+
+
+def advice(run: Path, rows: Sequence[Row], asked: bool) -> list[str]:
+    """What failed and what to do next."""
+    again = f"distill submit {shlex.quote(str(run))}"
+    if all(row.done for row in rows):
+        return [f"everything is finished: {run / 'report' / 'report.html'}"]
+    broken = [row for row in rows if not row.done and has_failed(row)]
+    if broken:
+        first = broken[0]
+        lines = [f"{first.job.key} has not succeeded ({first.state}); its log ends:", *tail(Path(first.log))]
+        return [*lines, f"log: {first.log}", f"mend it, then: {again}   (what is finished stands)"]
+    moving = [row for row in rows if row.state and not row.done]
+    return [] if moving or not asked else [f"nothing of it is submitted: {again}"]
+
+
+def has_failed(row: Row) -> bool:
+    """Whether the job of a row has ended without success."""
+    return any(name in row.state for name in (*FAILED, "CANCELLED", "exit code"))
+
+
+def tail(log: Path, lines: int = 4) -> list[str]:
+    """The last lines of a log, indented."""
+    if not log.is_file():
+        return ["  (there is no log: it did not start)"]
+    return [f"  {line}" for line in log.read_text(errors="replace").rstrip().split("\n")[-lines:]]
