@@ -24,6 +24,8 @@ class Stopped(KeyboardInterrupt):
 
 def _handle(signum: int, frame: Any) -> None:
     global _asked
+    if _asked is not None and signum == signal.SIGUSR1:  # a scheduler's, which may come in many ways at once
+        return
     if _asked is not None:
         os._exit(128 + signum)
     _asked = signum

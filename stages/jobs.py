@@ -24,6 +24,7 @@ LIGHT = ("report",)
 AGAIN = (75, 138, 143)
 """Exit codes of a training that has written a checkpoint, or had nothing to lose yet: it is to be run again."""
 PORT = 29500
+"""The first of a thousand that rank 0 may listen on."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def chain(name: str, run: Path, stages: Sequence[Stage]) -> list[Job]:
 def batch_script(slurm: SlurmConfig, job: Job, folder: Path) -> str:
     """The sbatch text of one job; what it prints and how it ended goes to ``folder``."""
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(slurm, job, folder)), "", "set -e"]
-    ended = shlex.quote(str(folder / job.file))
-    lines += [f"trap 'echo $? > '{ended}.$SLURM_JOB_ID.exit EXIT"]
+    label = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.tasks else "$SLURM_JOB_ID"
+    lines += [f"record={shlex.quote(str(folder / job.file))}-{label}.exit", "trap 'echo $? > \"$record\"' EXIT"]
     lines += [f"module load {shlex.join(slurm.modules)}"] if slurm.modules else []
     lines += slurm.setup
     if job.kind == "train":
@@ -117,11 +118,12 @@ def training(slurm: SlurmConfig, job: Job) -> list[str]:
     """
     (command,) = job.commands
     module = f"-m stages.cli {shlex.join(command)}"
-    if slurm.nodes * slurm.gpus_per_node > 1:
+    ranks = max(slurm.gpus_per_node, 1)
+    if slurm.nodes * ranks > 1:
         module = (
-            f"-m stages.launch --nnodes={slurm.nodes} --nproc-per-node={max(slurm.gpus_per_node, 1)} "
-            f'--rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" '
-            f'--rdzv-endpoint="$(scontrol show hostnames | head -n 1):{PORT}" {module}'
+            f"-m stages.launch --nnodes={slurm.nodes} --nproc-per-node={ranks} "
+            '--master-addr="$(scontrol show hostnames | head -n 1)" '
+            f'--master-port="$(({PORT} + SLURM_JOB_ID % 1000))" {module}'
         )
     srun = " ".join(["srun", f"--cpus-per-task={slurm.cpus_per_task}", *slurm.srun])
     codes = "|".join(str(code) for code in AGAIN)

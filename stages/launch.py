@@ -1,6 +1,6 @@
 """torchrun, but for two things: what a scheduler signals goes to the ranks, and the exit code is theirs.
 
-    python -m stages.launch --nnodes=2 --nproc-per-node=8 ... -m stages.cli train RUN
+    srun python -m stages.launch --nnodes=2 --nproc-per-node=8 --master-addr=... -m stages.cli train RUN
 
 torchrun itself ends its ranks at a signal, after 30 s by force, which is too short for a checkpoint, and exits with 1
 whatever they exit with. Here a training that has written a checkpoint and exits with 75 makes its job exit with 75.
@@ -25,10 +25,11 @@ OTHERS = "SIGINT,SIGHUP,SIGQUIT"
 
 def main(argv: Sequence[str]) -> int:
     """Run the ranks of this node; 0, or the exit code of the first that failed (128 + the signal that killed it)."""
+    node = os.environ.get("SLURM_NODEID", "0")
     for number in PASSED_ON:
         signal.signal(number, pass_on)
     try:
-        run(parse_args(["--signals-to-handle", OTHERS, *argv]))
+        run(parse_args([f"--node-rank={node}", f"--signals-to-handle={OTHERS}", *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"rank {rank}, pid {failure.pid}: exit code {failure.exitcode}", file=sys.stderr)

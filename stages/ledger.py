@@ -64,14 +64,10 @@ def standing(run: Path) -> dict[str, list[Task]]:
     return {key: list(found.values()) for key, found in newest.items()}
 
 
-def exit_codes(run: Path, job: Job) -> dict[int, int]:
-    """By the scheduler's number, what the starts of a job wrote down as they ended; a killed one writes nothing."""
-    found = {}
-    for file in jobs_folder(run).glob(f"{job.file}.*.exit"):
-        code = file.read_text().strip()
-        if code.isdecimal():
-            found[int(file.name.split(".")[-2])] = int(code)
-    return found
+def exit_codes(run: Path, job: Job, number: int) -> list[int]:
+    """What a job, or each task of a job array, wrote down as it ended; a killed one writes nothing."""
+    files = jobs_folder(run).glob(f"{job.file}-{number}{'_*' if job.tasks else ''}.exit")
+    return [int(code) for file in sorted(files) if (code := file.read_text().strip()).isdecimal()]
 
 
 def finished(run: Path, job: Job) -> bool:

@@ -78,8 +78,9 @@ def row(run: Path, job: Job, steps: int, tasks: Sequence[Task]) -> Row:
     bad = next((task for task in tasks if task.state in FAILED or task.state == "CANCELLED"), None)
     one = bad or next((task for task in tasks if task.live), None) or (tasks[-1] if tasks else None)
     if one is None:  # forgotten by the scheduler: what the job itself wrote down
-        code = ledger.exit_codes(run, job).get(newest)
-        state = "" if code is None else "COMPLETED" if code == 0 else "again" if code in AGAIN else f"exit code {code}"
+        codes = ledger.exit_codes(run, job, newest)
+        failed = [code for code in codes if code and code not in AGAIN]
+        state = f"exit code {failed[0]}" if failed else "ended" if codes else ""
         return Row(job, work(run, job, steps), label, state, log=log)
     state = one.state if len(states) == 1 else ", ".join(f"{count} {name}" for name, count in states.most_common())
     if bad is not None:

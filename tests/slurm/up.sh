@@ -5,12 +5,13 @@
 #   tests/slurm/up.sh up         munge, MariaDB, slurmdbd, slurmctld, two slurmd
 #   tests/slurm/up.sh down       stops what `up` has started, and nothing else
 #
-# Everything it writes is below SLURM_ROOT, but for the keys and configs that the daemons want in /etc; SLURM_CONF
+# Everything it writes is below SLURM_ROOT, but for munge's key, and a line of /etc/hosts that `down` takes out again; SLURM_CONF
 # (SLURM_ROOT/etc/slurm.conf) is what commands need to find it.
 set -euo pipefail
 
 root=${SLURM_ROOT:-/tmp/distill-slurm}
 host=$(hostname -s)
+mark="# distill's Slurm on loopback"
 export SLURM_CONF=$root/etc/slurm.conf
 packages=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server)
 
@@ -77,8 +78,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=16819
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=16821 CPUs=4 RealMemory=4000 State=UNKNOWN
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=16822 CPUs=4 RealMemory=4000 State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=16821 CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=16822 CPUs=2 RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
@@ -130,7 +131,7 @@ up() {
     mkdir -p "$root"/{etc,state,log,run}
     chmod 755 "$root"
     write_configs
-    grep -qE "[[:space:]]$host(\s|$)" /etc/hosts || echo "127.0.0.1 $host" >>/etc/hosts
+    echo "127.0.0.1 $host n1 n2 $mark" >>/etc/hosts
     start_munge
     start_database
     # slurmdbd reads its config beside slurm.conf
@@ -157,6 +158,9 @@ stop() { # pid file: asks, waits, insists
 }
 
 down() {
+    if grep -q "$mark" /etc/hosts; then # in place: a container's is mounted
+        sed "/$mark/d" /etc/hosts >"$root/hosts" && cat "$root/hosts" >/etc/hosts
+    fi
     for name in slurmd-n1 slurmd-n2 slurmctld slurmdbd mariadbd munged; do stop "$root/run/$name.pid"; done
 }
 
