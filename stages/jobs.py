@@ -23,6 +23,19 @@ LIGHT = ("report",)
 """Jobs that work on no model."""
 AGAIN = (75, 138, 143)
 """Exit codes of a training that has written a checkpoint, or had nothing to lose yet: it is to be run again."""
+LISTENING = [
+    "asked= ranks=",
+    'pass_on() { asked=yes; if [[ -n $ranks ]]; then kill -USR1 "$ranks" 2> /dev/null || true; fi; }',
+    "trap pass_on USR1 TERM",
+]
+WAITING = [  # a signal cuts `wait` short; the last one gives the code, or 127 where it was given before
+    "code=0",
+    'wait "$ranks" || code=$?',
+    'while kill -0 "$ranks" 2> /dev/null; do code=0; wait "$ranks" || code=$?; done',
+    "last=0",
+    'wait "$ranks" 2> /dev/null || last=$?',
+    "if [[ $last != 127 ]]; then code=$last; fi",
+]
 PORT = 29500
 """The first of a thousand that rank 0 may listen on."""
 
@@ -71,6 +84,7 @@ def batch_script(slurm: SlurmConfig, job: Job, folder: Path) -> str:
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options(slurm, job, folder)), "", "set -e"]
     label = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.tasks else "$SLURM_JOB_ID"
     lines += [f"record={shlex.quote(str(folder / job.file))}-{label}.exit", "trap 'echo $? > \"$record\"' EXIT"]
+    lines += LISTENING if job.kind == "train" else []
     lines += [f"module load {shlex.join(slurm.modules)}"] if slurm.modules else []
     lines += slurm.setup
     if job.kind == "train":
@@ -128,16 +142,10 @@ def training(slurm: SlurmConfig, job: Job) -> list[str]:
     srun = " ".join(["srun", f"--cpus-per-task={slurm.cpus_per_task}", *slurm.srun])
     codes = "|".join(str(code) for code in AGAIN)
     return [
-        "asked=",
-        'pass_on() { asked=yes; kill -USR1 "$ranks" 2> /dev/null || true; }',
-        "trap pass_on USR1 TERM",
         f"{srun} {python(slurm)} {module} &",
         "ranks=$!",
-        "code=0",
-        'wait "$ranks" || code=$?',
-        'while kill -0 "$ranks" 2> /dev/null; do',
-        '    code=0; wait "$ranks" || code=$?',
-        "done",
+        'if [[ -n $asked ]]; then kill -USR1 "$ranks" || true; fi',
+        *WAITING,
         f"if [[ $code == @({codes}) || ( -n $asked && $code != @(0|2) ) ]] &&",
         '    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] &&',
         f"    (( ${{SLURM_RESTART_COUNT:-0}} < {slurm.requeues} )); then",
