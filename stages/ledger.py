@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distill.errors import UserError
@@ -70,12 +70,20 @@ def exit_codes(run: Path, job: Job, number: int) -> list[int]:
     return [int(code) for file in sorted(files) if (code := file.read_text().strip()).isdecimal()]
 
 
-def finished(run: Path, job: Job) -> bool:
-    """Whether the run folder holds what the job is to make."""
-    if job.kind == "report":
-        page, measures = run / "report" / "report.html", sorted(run.glob("stages/*/measure/step.json"))
-        return page.is_file() and all(page.stat().st_mtime >= each.stat().st_mtime for each in measures)
-    return (step_folder(run, job) / "step.json").is_file()
+def left(run: Path, jobs: Sequence[Job]) -> list[Job]:
+    """What of the jobs the run folder lacks; of a job array the candidates that have no score."""
+    wanted: list[Job] = []
+    for job in jobs:
+        if job.kind == "report":
+            page, measures = run / "report" / "report.html", run.glob("stages/*/measure/step.json")
+            done = page.is_file() and all(page.stat().st_mtime >= each.stat().st_mtime for each in measures)
+            if not done or wanted:
+                wanted.append(job)
+        elif not (step_folder(run, job) / "step.json").is_file():
+            tasks = tuple(unscored(run, job))
+            if tasks or not job.tasks:
+                wanted.append(replace(job, tasks=tasks))
+    return wanted
 
 
 def unscored(run: Path, job: Job) -> list[int]:

@@ -57,7 +57,9 @@ def main(args: argparse.Namespace) -> int:
         standing, asked = {}, False
         notes.append(f"the run folder's records alone: {error}")
     jobs = chain(config.name, run, stages)
-    rows = [row(run, job, steps.get(job.key.partition("/")[0], 0), standing.get(job.key, [])) for job in jobs]
+    left = {job.key: job for job in ledger.left(run, jobs)}
+    works = [work(run, job, left.get(job.key), steps.get(job.key.partition("/")[0], 0)) for job in jobs]
+    rows = [row(run, job, done, standing.get(job.key, [])) for job, done in zip(jobs, works, strict=True)]
     say(table(rows))
     found = lock.holder(run / "run.lock")
     if found is not None and found[0] and not found[0]["job"]:
@@ -67,11 +69,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def row(run: Path, job: Job, steps: int, tasks: Sequence[Task]) -> Row:
-    """One row of the table; ``steps`` are those of the stage's training, ``tasks`` the scheduler's of this job."""
+def row(run: Path, job: Job, work: str, tasks: Sequence[Task]) -> Row:
+    """One row of the table: what the folder holds of the job's work, and the scheduler's ``tasks`` of it."""
     submitted = [entry for entry in ledger.entries(run) if entry.key == job.key]
     if not submitted:
-        return Row(job, work(run, job, steps))
+        return Row(job, work)
     newest = submitted[-1].id
     log = str(ledger.jobs_folder(run) / f"{job.file}-{newest}{'_*' if job.tasks else ''}.out")
     label, states = str(newest), Counter(task.state for task in tasks)
@@ -81,20 +83,21 @@ def row(run: Path, job: Job, steps: int, tasks: Sequence[Task]) -> Row:
         codes = ledger.exit_codes(run, job, newest)
         failed = [code for code in codes if code and code not in AGAIN]
         state = f"exit code {failed[0]}" if failed else "ended" if codes else ""
-        return Row(job, work(run, job, steps), label, state, log=log)
+        return Row(job, work, label, state, log=log)
     state = one.state if len(states) == 1 else ", ".join(f"{count} {name}" for name, count in states.most_common())
     if bad is not None:
         label = bad.label
         log = log.replace("_*", f"_{bad.index}").replace(f"-{newest}", f"-{bad.id}")
-    return Row(job, work(run, job, steps), label, state, one.elapsed, one.nodes, one.reason, log)
+    return Row(job, work, label, state, one.elapsed, one.nodes, one.reason, log)
 
 
-def work(run: Path, job: Job, steps: int) -> str:
-    """What the run folder holds of a job's work."""
-    if ledger.finished(run, job):
+def work(run: Path, job: Job, left: Job | None, steps: int) -> str:
+    """What the run folder holds of a job's work; ``left`` is what it lacks, ``steps`` are those of the training."""
+    if left is None and not job.tasks:
         return "done"
-    if job.tasks and (count := len(job.tasks) - len(ledger.unscored(run, job))):
-        return f"{count} of {len(job.tasks)}"
+    scored = len(job.tasks) - len(left.tasks if left else ())
+    if job.tasks and scored:
+        return "done" if left is None else f"{scored} of {len(job.tasks)}"
     if job.kind == "train" and (step := ledger.steps_trained(run, job)):
         return f"step {step} of {steps}"
     return "-"

@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     config = configured(args)
     run = Path(config.run_dir).expanduser().absolute()
     if args.dry_run:
-        jobs = left(run, chain(config.name, run, stages_of(config, teacher_config(config))))
+        jobs = ledger.left(run, chain(config.name, run, stages_of(config, teacher_config(config))))
         say(script(config.slurm, jobs, run, settings(config)))
         return 0
     try:
@@ -59,7 +59,7 @@ def submit(args: argparse.Namespace, config: RunConfig, run: Path) -> None:
     for step in (context.step(stage, "score") for stage in context.stages):
         if step.partial.exists():
             step.part()  # candidates that were scored with other inputs count no more
-    wanted = left(run, jobs)
+    wanted = ledger.left(run, jobs)
     for kind, job in {job.kind: job for job in wanted}.items():
         try:
             slurm.try_out(batch_script(config.slurm, job, ledger.jobs_folder(run)))
@@ -116,20 +116,6 @@ def send(config: RunConfig, run: Path, job: Job, after: list[str]) -> int:
     return number
 
 
-def left(run: Path, jobs: list[Job]) -> list[Job]:
-    """What of the jobs the run folder lacks; of a job array the candidates that have no score."""
-    wanted = []
-    for job in jobs:
-        if ledger.finished(run, job):
-            continue
-        if job.tasks:
-            job = replace(job, tasks=tuple(ledger.unscored(run, job)))
-            if not job.tasks:
-                continue
-        wanted.append(job)
-    return wanted
-
-
 def check_free(run: Path, config: RunConfig, live: list[Task]) -> None:
     """Raise UserError where a process that is none of the run's own jobs works on the run folder, or where jobs under
     way were submitted with other settings."""
@@ -141,7 +127,7 @@ def check_free(run: Path, config: RunConfig, live: list[Task]) -> None:
         for each in (old, new):
             del each["slurm"], each["plan"], each["run_dir"]
         if changed := differences(old, new):
-            labels = [task.label for task in live]
+            labels = [str(number) for number in dict.fromkeys(task.id for task in live)]
             raise UserError(
                 f"{run} has jobs under way that were submitted with other settings ({', '.join(labels[:4])}"
                 f"{', ...' if len(labels) > 4 else ''}):\n  " + "\n  ".join(changed[:2]) + "\n"
