@@ -215,7 +215,8 @@ class SlurmConfig:
     ``configs/cluster``."""
 
     cluster: str = ""
-    """Such a file, by its short name or path: its keys, those of this section, are laid over the config's."""
+    """Such a file, by its short name or path; its keys are those of this section, and what a config sets itself stands
+    above them."""
     partition: str = ""
     light_partition: str = ""
     """That of jobs that need no GPU (empty: ``partition``)."""

@@ -8,11 +8,13 @@ swapping them share one job: the first two take seconds, and would each wait in 
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill import interrupt
 from distill.config import SlurmConfig
 from distill.errors import UserError
 from distill.schedule import Stage
@@ -21,7 +23,7 @@ VERBS = {"score": ("score",), "swap": ("score", "place", "swap"), "train": ("tra
 """What the jobs of a stage do, in order."""
 LIGHT = ("report",)
 """Jobs that work on no model."""
-AGAIN = (75, 138, 143)
+AGAIN = (interrupt.AGAIN, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 """Exit codes of a training that has written a checkpoint, or had nothing to lose yet: it is to be run again."""
 LISTENING = [
     "asked= ranks=",
@@ -131,18 +133,23 @@ def training(slurm: SlurmConfig, job: Job) -> list[str]:
     ``preempt_send_user_signal``), or the steps themselves. A job that is being cancelled is not put back in the queue.
     """
     (command,) = job.commands
-    module = f"-m stages.cli {shlex.join(command)}"
-    ranks = max(slurm.gpus_per_node, 1)
-    if slurm.nodes * ranks > 1:
-        module = (
-            f"-m stages.launch --nnodes={slurm.nodes} --nproc-per-node={ranks} "
-            '--master-addr="$(scontrol show hostnames | head -n 1)" '
-            f'--master-port="$(({PORT} + SLURM_JOB_ID % 1000))" {module}'
+    program, ranks = f"-m stages.cli {shlex.join(command)}", max(slurm.gpus_per_node, 1)
+    lines: list[str] = []
+    if several := slurm.nodes * ranks > 1:
+        program = (
+            f"-m distill.launch --nnodes={slurm.nodes} --nproc-per-node={ranks} --node-rank=$SLURM_NODEID "
+            f"--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT {program}"
         )
+        lines = ["export MASTER_ADDR MASTER_PORT", "MASTER_ADDR=$(scontrol show hostnames | head -n 1)"]
+        lines += [f"MASTER_PORT=$(({PORT} + SLURM_JOB_ID % 1000))"]
+    program = f"{python(slurm)} {program}"
+    if several:  # which node this is, only a shell there can say
+        program = f"bash -c {shlex.quote(f'exec {program}')}"
     srun = " ".join(["srun", f"--cpus-per-task={slurm.cpus_per_task}", *slurm.srun])
     codes = "|".join(str(code) for code in AGAIN)
     return [
-        f"{srun} {python(slurm)} {module} &",
+        *lines,
+        f"{srun} {program} &",
         "ranks=$!",
         'if [[ -n $asked ]]; then kill -USR1 "$ranks" || true; fi',
         *WAITING,

@@ -29,7 +29,7 @@ from stages.jobs import Job, batch_script, chain, script
 from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
-from stages.targets import check, read_config
+from stages.targets import check, config_path, read_config
 
 
 def main(args: argparse.Namespace) -> int:
@@ -136,14 +136,16 @@ def check_free(run: Path, config: RunConfig, live: list[Task]) -> None:
 
 
 def configured(args: argparse.Namespace) -> RunConfig:
-    """The config with what the cluster's file says laid over it, and overrides over that; its threads are those that
-    a job has, since a run keeps their number."""
+    """The config: defaults < the cluster's file < the config's own ``slurm`` < the command line. (A RUN was resolved
+    before, and has every key: ``--cluster`` is laid over it.) Threads are those of a job: a run keeps their number."""
     config = read_config(args.target, args.overrides)
-    if name := args.cluster or config.slurm.cluster:
+    again = Path(args.target).expanduser().is_dir()
+    if name := args.cluster or ("" if again else config.slurm.cluster):
         file = cluster_file(name)
+        own = {} if again else read_yaml(config_path(args.target)).get("slurm") or {}
+        layers = [(args.target, asdict(config)), (str(file), {"slurm": read_yaml(file)}), (args.target, {"slurm": own})]
         over = [text for text in args.overrides if text.startswith("slurm.")]
-        layers = [(args.target, asdict(config)), (str(file), {"slurm": {**read_yaml(file), "cluster": name}})]
-        config = merge_config(RunConfig, layers, over)
+        config = merge_config(RunConfig, layers, [*over, f"slurm.cluster={name}"])
         check(config)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
     if not config.threads:

@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
 STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize launch "
-    "cancel"
+    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize cancel"
 )
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
@@ -28,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.storage",
         "distill.checkpoints",
         "distill.interrupt",
+        "distill.launch",
         "distill.lock",
         "distill.weights",
     ),  # F0

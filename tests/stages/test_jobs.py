@@ -95,11 +95,12 @@ def test_a_training_asks_for_all_it_is_given() -> None:
         "module load cuda/12.8 nccl",
         "source env/bin/activate",
     ]
-    assert (
-        "srun --cpus-per-task=64 --kill-on-bad-exit python -m stages.launch --nnodes=2 --nproc-per-node=8 "
-        '--master-addr="$(scontrol show hostnames | head -n 1)" --master-port="$((29500 + SLURM_JOB_ID % 1000))" '
-        "-m stages.cli train /runs/r --stage 1 &"
-    ) in body
+    launch = (
+        "exec python -m distill.launch --nnodes=2 --nproc-per-node=8 --node-rank=$SLURM_NODEID "
+        "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT -m stages.cli train /runs/r --stage 1"
+    )
+    assert f"srun --cpus-per-task=64 --kill-on-bad-exit bash -c '{launch}' &" in body
+    assert "MASTER_ADDR=$(scontrol show hostnames | head -n 1)" in body
     assert '    scontrol requeue "$SLURM_JOB_ID"' in body
     assert any("@(75|138|143)" in line for line in body)
     assert any("== RUNNING ]]" in line for line in body), "what is being cancelled is not put back"
@@ -249,14 +250,18 @@ def test_dry_run_prints_the_jobs_of_the_paper_offline_and_writes_nothing(
     assert arrays == [f"#SBATCH --array=0-{n - 1}%16" for n in (50, 25, 23, 20, 16, 13)]
     assert "#SBATCH --partition=h100" in found and "module load cuda/12.8" in found
     assert "--nnodes=4 --nproc-per-node=8" in found, "nodes are the run's, the site's file leaves them alone"
-    assert "\nthreads: 12\n" in found, "96 cores shared by 8 GPUs"
+    assert "\nthreads: 8\n" in found, "64 cores, which the config itself asks for, shared by 8 GPUs"
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_line_beats_the_clusters_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "site.yaml").write_text("partition: batch\ntime: 00:10:00\nmodules: [a, b]\n")
-    command = ["submit", "demo", "--dry-run", "slurm.time=00:05:00", f"slurm.cluster={tmp_path}/site.yaml"]
-    assert main(command) == 0
+def test_defaults_cluster_config_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each stands above the one before."""
+    (tmp_path / "site.yaml").write_text("partition: batch\ntime: '00:10:00'\nqos: low\nmodules: [a, b]\n")
+    own = f"teacher: embedded\nslurm: {{cluster: {tmp_path}/site.yaml, qos: high, time: '00:20:00'}}\n"
+    (tmp_path / "my.yaml").write_text(own)
+    assert main(["submit", f"{tmp_path}/my.yaml", "--dry-run", "slurm.time=00:05:00"]) == 0
     found = capsys.readouterr().out
-    assert "#SBATCH --partition=batch" in found and "module load a b" in found
-    assert "#SBATCH --time=00:05:00" in found and "00:10:00" not in found
+    assert "#SBATCH --partition=batch" in found and "module load a b" in found, "the cluster's"
+    assert "#SBATCH --qos=high" in found and "=low" not in found, "the config's"
+    times = {line for line in found.splitlines() if "--time=" in line}
+    assert times == {"#SBATCH --time=00:05:00", "#SBATCH --time=01:00:00"}, "the command line's; light jobs' own"
