@@ -64,10 +64,11 @@ def standing(run: Path) -> dict[str, list[Task]]:
     return {key: list(found.values()) for key, found in newest.items()}
 
 
-def exit_codes(run: Path, job: Job, number: int) -> list[int]:
-    """What a job, or each task of a job array, wrote down as it ended; a killed one writes nothing."""
+def exit_codes(run: Path, job: Job, number: int) -> dict[str, int]:
+    """By label (``12``, ``12_3``), what a job or a task wrote down as it ended; a killed one writes nothing."""
     files = jobs_folder(run).glob(f"{job.file}-{number}{'_*' if job.tasks else ''}.exit")
-    return [int(code) for file in sorted(files) if (code := file.read_text().strip()).isdecimal()]
+    codes = {file.stem.removeprefix(f"{job.file}-"): file.read_text().strip() for file in sorted(files)}
+    return {label: int(code) for label, code in codes.items() if code.isdecimal()}
 
 
 def left(run: Path, jobs: Sequence[Job]) -> list[Job]:

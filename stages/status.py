@@ -23,7 +23,7 @@ from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
 from stages.targets import read_config
 
-FAILED = ("BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+UNSUCCESSFUL = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,23 @@ def row(run: Path, job: Job, work: str, tasks: Sequence[Task]) -> Row:
     if not submitted:
         return Row(job, work)
     newest = submitted[-1].id
-    log = str(ledger.jobs_folder(run) / f"{job.file}-{newest}{'_*' if job.tasks else ''}.out")
-    label, states = str(newest), Counter(task.state for task in tasks)
-    bad = next((task for task in tasks if task.state in FAILED or task.state == "CANCELLED"), None)
-    one = bad or next((task for task in tasks if task.live), None) or (tasks[-1] if tasks else None)
-    if one is None:  # forgotten by the scheduler: what the job itself wrote down
+    if not tasks:  # forgotten by the scheduler, or it is not here: what the job itself wrote down
         codes = ledger.exit_codes(run, job, newest)
-        failed = [code for code in codes if code and code not in AGAIN]
+        failed = [code for code in codes.values() if code and code not in AGAIN]
         state = f"exit code {failed[0]}" if failed else "ended" if codes else ""
-        return Row(job, work, label, state, log=log)
-    state = one.state if len(states) == 1 else ", ".join(f"{count} {name}" for name, count in states.most_common())
-    if bad is not None:
-        label = bad.label
-        log = log.replace("_*", f"_{bad.index}").replace(f"-{newest}", f"-{bad.id}")
-    return Row(job, work, label, state, one.elapsed, one.nodes, one.reason, log)
+        label = next((label for label, code in codes.items() if code in failed), str(newest))
+        return Row(job, work, label, state, log=log_of(run, job, label))
+    bad = next((task for task in tasks if task.state in UNSUCCESSFUL), None)
+    shown = bad or next((task for task in tasks if task.live), tasks[-1])
+    states = Counter(task.state for task in tasks)
+    state = shown.state if len(states) == 1 else ", ".join(f"{count} {name}" for name, count in states.most_common())
+    label = str(shown.id) if bad is None else bad.label
+    return Row(job, work, label, state, shown.elapsed, shown.nodes, shown.reason, log_of(run, job, shown.label))
+
+
+def log_of(run: Path, job: Job, label: str) -> str:
+    """Where a job, or a task of an array, prints to."""
+    return str(ledger.jobs_folder(run) / f"{job.file}-{label}.out")
 
 
 def work(run: Path, job: Job, left: Job | None, steps: int) -> str:
@@ -128,7 +131,7 @@ def advice(run: Path, rows: Sequence[Row], asked: bool) -> list[str]:
 
 def has_failed(row: Row) -> bool:
     """Whether the job of a row has ended without success."""
-    return any(name in row.state for name in (*FAILED, "CANCELLED", "exit code"))
+    return any(name in row.state for name in (*UNSUCCESSFUL, "exit code"))
 
 
 def tail(log: Path, lines: int = 4) -> list[str]:

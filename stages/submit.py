@@ -53,47 +53,51 @@ def submit(args: argparse.Namespace, config: RunConfig, run: Path) -> None:
     check_inputs(config, load_model_config(config.teacher))
     check_finished(context, [], force=False)
     jobs = chain(config.name, run, context.stages)
-    standing = ledger.standing(run)
-    live = [task for tasks in standing.values() for task in tasks if task.live]
-    check_free(run, config, live)
+    known, standing = ledger.entries(run), ledger.standing(run)
+    live = {key: found for key, tasks in standing.items() if (found := [task for task in tasks if task.live])}
+    check_free(run, config, [task for tasks in live.values() for task in tasks])
     for step in (context.step(stage, "score") for stage in context.stages):
         if step.partial.exists():
             step.part()  # candidates that were scored with other inputs count no more
-    wanted = ledger.left(run, jobs)
-    for kind, job in {job.kind: job for job in wanted}.items():
+    left = {job.key: job for job in ledger.left(run, jobs)}
+    for kind, job in {job.kind: job for job in left.values()}.items():
         try:
             slurm.try_out(batch_script(config.slurm, job, ledger.jobs_folder(run)))
         except SchedulerError as error:
             raise SchedulerError(f"the scheduler refuses a job of kind '{kind}': {error}") from error
     ledger.jobs_folder(run).mkdir(parents=True, exist_ok=True)
     lock.hold(ledger.jobs_folder(run) / "submit.lock", f"{run}: its submission")
+    if ledger.entries(run) != known:
+        raise UserError(f"{run} was being submitted by another command at the same time: see distill status {run}")
     write_text(run / "run.yaml", settings(config))
-    count = submit_chain(config, run, wanted, standing)
-    if not count:
+    if not submit_chain(config, run, jobs, left, live):
         say(f"nothing to submit: {'jobs are under way' if live else 'everything is finished'}")
     say(f"distill status {run}")
 
 
-def submit_chain(config: RunConfig, run: Path, jobs: list[Job], standing: dict[str, list[Task]]) -> int:
-    """Submit those of the jobs that are not under way, each after the one before it; how many those were.
+def submit_chain(
+    config: RunConfig, run: Path, jobs: list[Job], left: dict[str, Job], live: dict[str, list[Task]]
+) -> int:
+    """Submit what is ``left`` of the jobs and not ``live``, each after the one before it; how many those were.
 
     What waits for a job that is submitted again would wait for ever, and is cancelled and submitted again, too.
     """
     count, after = 0, list[str]()
     for job in jobs:
-        live = [task for task in standing.get(job.key, []) if task.live]
+        working = live.get(job.key, [])
         if count:
-            waiting = [task for task in live if task.state == "PENDING"]
+            waiting = [task for task in working if task.state == "PENDING"]
             slurm.cancel([task.label for task in waiting])
-            live = [task for task in live if task not in waiting]
-        wanted = replace(job, tasks=tuple(set(job.tasks) - {task.index for task in live if task.index is not None}))
-        labels = [task.label for task in live]
-        if live:
+            working = [task for task in working if task not in waiting]
+        labels = [task.label for task in working]
+        if job.key not in left:  # finished: a job of it may be about to end
+            after = labels or after
+            continue
+        if working:
             say(f"{job.key}: under way ({', '.join(labels)})")
-        if not live or wanted.tasks:
-            wanted = replace(wanted, tasks=tuple(sorted(wanted.tasks)))
-            number = send(config, run, wanted, after)
-            labels.append(str(number))
+        tasks = sorted(set(left[job.key].tasks) - {task.index for task in working})
+        if tasks or not working:
+            labels.append(str(send(config, run, replace(job, tasks=tuple(tasks)), after)))
             count += 1
         after = labels
     return count
@@ -112,7 +116,7 @@ def send(config: RunConfig, run: Path, job: Job, after: list[str]) -> int:
         ) from error
     ledger.note(run, job, number, after)
     tasks = f", {len(job.tasks)} tasks" if job.tasks else ""
-    say(f"{job.key}: job {number}{tasks}{f', after {chr(32).join(after)}' if after else ''}")
+    say(f"{job.key}: job {number}{tasks}" + (f", after {', '.join(after)}" if after else ""))
     return number
 
 
@@ -143,9 +147,12 @@ def configured(args: argparse.Namespace) -> RunConfig:
     if name := args.cluster or ("" if again else config.slurm.cluster):
         file = cluster_file(name)
         own = {} if again else read_yaml(config_path(args.target)).get("slurm") or {}
-        layers = [(args.target, asdict(config)), (str(file), {"slurm": read_yaml(file)}), (args.target, {"slurm": own})]
-        over = [text for text in args.overrides if text.startswith("slurm.")]
-        config = merge_config(RunConfig, layers, [*over, f"slurm.cluster={name}"])
+        layers = [
+            (args.target, asdict(config)),
+            (str(file), {"slurm": read_yaml(file)}),
+            (args.target, {"slurm": {**own, "cluster": name}}),
+        ]
+        config = merge_config(RunConfig, layers, [text for text in args.overrides if text.startswith("slurm.")])
         check(config)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
     if not config.threads:

@@ -79,8 +79,14 @@ def distill(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def ask(*command: object) -> str:
-    """What a command of Slurm prints."""
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout.strip()
+    """What a command of Slurm prints; on a busy machine the controller may miss a first call."""
+    for patience in (10, 20, 0):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if done.returncode == 0 or "timed out" not in done.stderr:
+            break
+        time.sleep(patience)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def wait_for(what: str, condition: Callable[[], object], seconds: float = 240) -> None:
