@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 from distill import lock
-from distill.config import VERSION, RunConfig
+from distill.config import VERSION, RunConfig, SlurmConfig
 from distill.config_merge import dump_config, load_config, merge_config, read_yaml
 from distill.errors import UserError, nearest
 from distill.records import differences, write_text
@@ -29,7 +29,7 @@ from stages.jobs import Job, batch_script, chain, script
 from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
-from stages.targets import check, config_path, read_config
+from stages.targets import check, read_config
 
 
 def main(args: argparse.Namespace) -> int:
@@ -140,13 +140,15 @@ def check_free(run: Path, config: RunConfig, live: list[Task]) -> None:
 
 
 def configured(args: argparse.Namespace) -> RunConfig:
-    """The config: defaults < the cluster's file < the config's own ``slurm`` < the command line. (A RUN was resolved
-    before, and has every key: ``--cluster`` is laid over it.) Threads are those of a job: a run keeps their number."""
+    """The config: defaults < the cluster's file < what the config itself sets of ``slurm`` < the command line; but a
+    RUN for which ``--cluster`` names another site takes all that this site's file says. Threads are those of a job:
+    a run keeps their number."""
     config = read_config(args.target, args.overrides)
-    again = Path(args.target).expanduser().is_dir()
-    if name := args.cluster or ("" if again else config.slurm.cluster):
-        file = cluster_file(name)
-        own = {} if again else read_yaml(config_path(args.target)).get("slurm") or {}
+    if name := args.cluster or config.slurm.cluster:
+        file, usual = cluster_file(name), asdict(SlurmConfig())
+        own = {key: value for key, value in asdict(config.slurm).items() if value != usual[key]}
+        if args.cluster and Path(args.target).expanduser().is_dir():
+            own = {}
         layers = [
             (args.target, asdict(config)),
             (str(file), {"slurm": read_yaml(file)}),

@@ -34,7 +34,7 @@ measure:
   multiple_choice: []
   limit: 2
   throughput: {{batches: [1], contexts: [16], repeats: 1, output_tokens: 16}}
-slurm: {{cluster: loopback, candidates_at_once: 1}}
+slurm: {{cluster: loopback}}
 """
 
 
@@ -68,7 +68,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, tie_word_embeddings=True, **shape, **heads))
     model.save_pretrained(folder / "teacher")
     build_tokenizer().save_pretrained(folder / "teacher")
-    (folder / "small.yaml").write_text(CONFIG.format(folder=folder, long=400))
+    (folder / "small.yaml").write_text(CONFIG.format(folder=folder, long=250))
     return folder / "small.yaml"
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import SlurmConfig
+from distill.config import RunConfig, SlurmConfig
+from distill.config_merge import dump_config, load_config
 from distill.schedule import Stage, Start
 from stages.cli import main
 from stages.jobs import Job, batch_script, chain, ranges, script
+from stages.targets import config_path
 
 RUN = Path("/runs/r")
 FIRST = Stage(index=0, replaced=25, num_blocks=50, scorer="loo", steps=10, tokens=10)
@@ -265,3 +267,19 @@ def test_defaults_cluster_config_command_line(capsys: pytest.CaptureFixture[str]
     assert "#SBATCH --qos=high" in found and "=low" not in found, "the config's"
     times = {line for line in found.splitlines() if "--time=" in line}
     assert times == {"#SBATCH --time=00:05:00", "#SBATCH --time=01:00:00"}, "the command line's; light jobs' own"
+
+
+def test_a_run_that_was_begun_by_hand_still_gets_its_cluster(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """``distill score my.yaml`` writes every key to run.yaml, those that nobody set among them."""
+    (tmp_path / "site.yaml").write_text("partition: batch\nqos: low\n")
+    (tmp_path / "other.yaml").write_text("qos: best\n")
+    config = load_config(RunConfig, config_path("smoke"), [f"slurm={{cluster: {tmp_path}/site.yaml, account: lab}}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.yaml").write_text(dump_config(config))
+    assert main(["submit", f"{tmp_path}/run", "--dry-run"]) == 0
+    found = capsys.readouterr().out
+    assert "--partition=batch" in found and "--qos=low" in found and "--account=lab" in found
+    assert main(["submit", f"{tmp_path}/run", "--dry-run", "--cluster", f"{tmp_path}/other.yaml"]) == 0
+    assert "--qos=best" in capsys.readouterr().out
