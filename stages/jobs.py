@@ -28,7 +28,8 @@ AGAIN = (interrupt.AGAIN, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 LISTENING = [
     "asked= ranks=",
     'pass_on() { asked=yes; if [[ -n $ranks ]]; then kill -USR1 "$ranks" 2> /dev/null || true; fi; }',
-    "trap pass_on USR1 TERM",
+    "trap pass_on USR1",
+    "trap : TERM",  # a cancellation's, which the ranks get from the scheduler; two signals would end them at once
 ]
 WAITING = [  # a signal cuts `wait` short; the last one gives the code, or 127 where it was given before
     "code=0",

@@ -69,7 +69,7 @@ ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
 MinJobAge=600
-KillWait=5
+KillWait=20
 InactiveLimit=0
 JobRequeue=1
 PreemptType=preempt/partition_prio

@@ -92,8 +92,9 @@ def test_a_training_asks_for_all_it_is_given() -> None:
         "record=/runs/r/jobs/01-H1-25-train-$SLURM_JOB_ID.exit",
         "trap 'echo $? > \"$record\"' EXIT",
     ]
-    assert body[5:8] == [
-        "trap pass_on USR1 TERM",
+    assert body[5:9] == [
+        "trap pass_on USR1",
+        "trap : TERM",
         "module load cuda/12.8 nccl",
         "source env/bin/activate",
     ]
@@ -201,6 +202,7 @@ def ran(tmp_path: Path, job_exit: str, **environment: str) -> tuple[int, list[st
         ("exit 75", {"state": "COMPLETING"}, 75, False),  # being cancelled
         ("exit 75", {"SLURM_RESTART_COUNT": "3"}, 75, False),  # often enough
         ("exit 2", {}, 2, False),  # a user's mistake
+        ("kill -TERM $PPID; sleep 0.2; exit 143", {"state": "COMPLETING"}, 143, False),  # the ranks are waited for
         ("exit 1", {}, 1, False),
         (
             "trap '' USR1; kill -USR1 $PPID; sleep 0.2; exit 1",
