@@ -33,6 +33,8 @@ from stages.targets import check, read_config
 
 
 def main(args: argparse.Namespace) -> int:
+    if not all(part.isprintable() for part in (args.target, *args.overrides)):
+        raise UserError("a job script holds each value on one line: give what has line breaks in the config's file")
     config = configured(args)
     run = Path(config.run_dir).expanduser().absolute()
     if args.dry_run:
