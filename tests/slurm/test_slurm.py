@@ -89,7 +89,10 @@ def test_two_nodes_get_the_signal_and_go_on(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(f"""
 import os, signal, sys, time, torch, torch.distributed as dist
-def stop(number, frame): open("{tmp_path}/asked" + os.environ["RANK"], "w").close(); sys.exit(75)
+def stop(number, frame):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the scheduler's, and once more the batch script's
+    open("{tmp_path}/asked" + os.environ["RANK"], "w").close()
+    sys.exit(75)
 signal.signal(signal.SIGUSR1, stop)
 dist.init_process_group("gloo")
 total = torch.ones(1); dist.all_reduce(total)
