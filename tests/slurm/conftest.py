@@ -68,7 +68,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, tie_word_embeddings=True, **shape, **heads))
     model.save_pretrained(folder / "teacher")
     build_tokenizer().save_pretrained(folder / "teacher")
-    (folder / "small.yaml").write_text(CONFIG.format(folder=folder, long=250))
+    (folder / "small.yaml").write_text(CONFIG.format(folder=folder, long=400))
     return folder / "small.yaml"
 
 

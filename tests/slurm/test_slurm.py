@@ -116,9 +116,9 @@ time.sleep(0 if again else 120)
 
 
 def test_a_cancelled_training_stays_cancelled_and_is_gone_on_with(config: Path, tmp_path: Path) -> None:
-    run = tmp_path / "cancelled"
+    run, long = tmp_path / "cancelled", "train.steps_by_stage=[20000, 4]"  # `distill cancel` itself takes seconds
     for step in ("score", "place", "swap"):
-        assert distill(step, config, f"run_dir={run}", "--stage", 1).returncode == 0
+        assert distill(step, config, f"run_dir={run}", long, "--stage", 1).returncode == 0
     assert distill("submit", run).returncode == 0
     train = submitted(run)[0]["id"]
     log = run / "stages/01-H1-1/train.partial/log.jsonl"
