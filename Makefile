@@ -7,7 +7,7 @@ PEERS := $(VENV)/peers
 LIGER := $(VENV)/liger
 DEEPSPEED := $(VENV)/deepspeed
 
-.PHONY: demo test test-slow test-faults test-transformers test-deepspeed smoke bench-mixers bench-distill lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-transformers test-deepspeed test-slurm smoke bench-mixers bench-distill lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -43,6 +43,9 @@ $(UPSTREAM)/ready: $(STAMP)
 
 test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
 	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed
+
+test-slurm: $(STAMP)  ## a run through a real Slurm on this machine's loopback, set up and stopped again (root, Debian)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 smoke: $(STAMP)  ## the demo cut short: the same chain, a few steps each
 	$(BIN)/distill run smoke

@@ -44,21 +44,35 @@ def hold(path: Path, what: str) -> None:
     mine = myself()
     with _guarded(path.parent):
         while not _write_new(path, mine):
-            try:
-                holder, silent = json.loads(path.read_text(encoding="utf-8")), time.time() - path.stat().st_mtime
-            except FileNotFoundError:  # released just now
-                continue
-            except ValueError:  # cut short as it was written
-                holder, silent = {}, time.time() - path.stat().st_mtime
-            if not isinstance(holder, dict) or not holder.keys() >= mine.keys():
-                holder = {}
-            if alive(holder, mine, silent):
-                raise UserError(_refusal(what, holder, silent, path))
-            path.unlink(missing_ok=True)
+            if check(path, what):
+                path.unlink(missing_ok=True)
     if not _held:
         _stop.clear()
         threading.Thread(target=_beat, daemon=True, name="lock").start()
     _held[path] = mine
+
+
+def check(path: Path, what: str) -> bool:
+    """Raise UserError naming the holder where another living process has the lock file ``path``; without taking it.
+
+    Returns whether there is a lock, of a process that is dead.
+    """
+    found = holder(path)
+    if found is not None and alive(found[0], myself(), found[1]):
+        raise UserError(_refusal(what, *found, path))
+    return found is not None
+
+
+def holder(path: Path) -> tuple[dict[str, Any], float] | None:
+    """What the lock file ``path`` says of its holder ({}: it is being written), and seconds since its last sign of
+    life; None where there is no lock."""
+    try:
+        found, silent = json.loads(path.read_text(encoding="utf-8")), time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # released just now
+        return None
+    except ValueError:  # cut short as it was written
+        found, silent = {}, time.time() - path.stat().st_mtime
+    return (found if isinstance(found, dict) and found.keys() >= myself().keys() else {}), silent
 
 
 def release() -> None:

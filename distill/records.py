@@ -195,8 +195,7 @@ class Step:
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         if not self._begun(finished):
-            record = {"step": self.name, "fingerprint": self.fingerprint, "inputs": self.inputs, "after": self.after}
-            write_json(mark, record)
+            record = self._mark()
             began = time.monotonic()
             work(self.partial)
             seconds = round(time.monotonic() - began, 3)
@@ -208,6 +207,20 @@ class Step:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def part(self) -> Path:
+        """The partial folder, for one of several processes that each write a file of it: it is made where it lacks,
+        and nothing in it is removed. ``perform`` goes on from it if it is resumable."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        if not self._begun(self.partial / "inputs.json"):
+            self._mark()
+        return self.partial
+
+    def _mark(self) -> dict[str, Any]:
+        """Note in the partial folder what it is built from; returns that."""
+        record = {"step": self.name, "fingerprint": self.fingerprint, "inputs": self.inputs, "after": self.after}
+        write_json(self.partial / "inputs.json", record)
+        return record
 
     def _begun(self, mark: Path) -> bool:
         """Whether ``mark`` says that the partial folder was made with the same inputs."""

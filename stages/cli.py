@@ -33,6 +33,8 @@ VERBS = {
     "export": "stages.export",
     "import": "stages.import_native",
     "submit": "stages.submit",
+    "status": "stages.status",
+    "cancel": "stages.cancel",
     "pretrain": "stages.pretrain",
     "traces": "stages.traces",
 }
@@ -212,8 +214,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             sub.add_argument(
                 "--force", action="store_true", help="redo what was made with other inputs, and what follows"
             )
+        if verb == "score":
+            sub.add_argument("--candidate", type=int, metavar="I", help="score the i-th remaining block (from 0) alone")
         if verb == "submit":
             sub.add_argument("--dry-run", action="store_true", help="print the SLURM scripts")
+            sub.add_argument("--cluster", metavar="NAME", help="a file of configs/cluster, or a path")
     return parser, verbs.choices
 
 

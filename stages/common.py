@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -55,14 +56,16 @@ def open_run(
     write: bool = True,
     also: Callable[[Context], list[Step]] | None = None,
     check: Callable[[RunConfig], None] | None = None,
+    config: RunConfig | None = None,
 ) -> Context:
     """Open the run that CONFIG or RUN names: check everything that can be checked before work is spent.
 
     With ``write`` the resolved config goes to ``run.yaml``, and what was finished with other inputs is refused, or
     (``force``) forgotten together with all that depends on it: steps of the run, and those that ``also`` names (a
-    fine-tuning is checked only by the verb that does it). ``check`` is what a verb asks of the config besides.
+    fine-tuning is checked only by the verb that does it). ``check`` is what a verb asks of the config besides;
+    ``config`` stands in for the one that would be read.
     """
-    config = read_config(target, overrides)
+    config = config or read_config(target, overrides)
     if check is not None:
         check(config)
     existing = Path(config.run_dir).expanduser() / "run.yaml"
@@ -80,19 +83,7 @@ def open_run(
     if write:
         tracking.check(config.tracking.wandb)
         check_device(config)
-        check_files(config.teacher)
-        sources = [entry.source for entry in config.data.mixture] or [config.data.source]
-        check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
-        check_data(config.data, lambda: load_tokenizer(config.teacher))
-        accuracy.check(config.measure)
-        check_tasks([config.score.loo.task], "multiple_choice", allow_code=config.measure.allow_code_execution)
-        accuracy.check_data([(config.score.loo.task, "multiple_choice")], config.measure.local_data)
-        window = getattr(model, "max_position_embeddings", None) or float("inf")
-        if config.measure.max_new_tokens >= window:
-            raise UserError(
-                f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
-                f"teacher's {window} positions (max_position_embeddings): it must be below that"
-            )
+        check_inputs(config, model)
     config.threads = threads
     teacher, data = identity(config.teacher, model), data_identity(config.data)
     folders = {stage.start.path for stage in stages} - {""}
@@ -114,6 +105,24 @@ def open_run(
         except OSError as error:
             raise UserError(f"cannot write to run_dir={config.run_dir}: {error.strerror}") from error
     return context
+
+
+def check_inputs(config: RunConfig, model: Any) -> None:
+    """Raise UserError for files, a tokenizer, data or tasks that could not be worked with; ``model`` is the teacher's
+    config."""
+    check_files(config.teacher)
+    sources = [entry.source for entry in config.data.mixture] or [config.data.source]
+    check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
+    check_data(config.data, lambda: load_tokenizer(config.teacher))
+    accuracy.check(config.measure)
+    check_tasks([config.score.loo.task], "multiple_choice", allow_code=config.measure.allow_code_execution)
+    accuracy.check_data([(config.score.loo.task, "multiple_choice")], config.measure.local_data)
+    window = getattr(model, "max_position_embeddings", None) or float("inf")
+    if config.measure.max_new_tokens >= window:
+        raise UserError(
+            f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
+            f"teacher's {window} positions (max_position_embeddings): it must be below that"
+        )
 
 
 def check_finished(context: Context, also: list[Step], *, force: bool) -> None:

@@ -1,99 +1,183 @@
-"""Print the SLURM jobs of a run: one job a step, each after the one before it.
+"""Submit a run to SLURM: one job a step, each after the one before it.
 
+    distill submit configs/apriel_h1_15b.yaml --cluster h100
     distill submit configs/apriel_h1_15b.yaml --dry-run | less
 
-CONFIG or RUN. What is printed is a shell script that submits every job with its dependency. Submission by this
-command itself comes later; until then review the script and pipe it to bash.
+CONFIG or RUN. Scores come from a job array, a task for each block that still has attention; a training runs on
+``slurm.nodes`` nodes, writes a checkpoint before its time is up or it is preempted, and goes on in a new start. A step
+that fails holds those after it: mend what it says, and submit again. What is finished is not submitted, what is under
+way is not doubled. ``--cluster`` names a file of ``configs/cluster`` (or a path): what a site sets once for all.
+Scripts, logs and job ids go to ``RUN/jobs``; see ``distill status RUN`` and ``distill cancel RUN``.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from importlib import resources
+from pathlib import Path
 
-from distill.config import RunConfig, SlurmConfig
-from distill.errors import UserError
-from stages.common import say
+from distill import lock
+from distill.config import VERSION, RunConfig, SlurmConfig
+from distill.config_merge import dump_config, load_config, merge_config, read_yaml
+from distill.errors import UserError, nearest
+from distill.records import differences, write_text
+from distill.teacher import load_config as load_model_config
+from stages import ledger, slurm
+from stages.common import check_finished, check_inputs, open_run, say
+from stages.jobs import Job, batch_script, chain, script
 from stages.lineage import stages_of
 from stages.plan import teacher_config
-from stages.targets import read_config
-
-STEPS = ("score", "place", "swap", "train", "measure")
-ON_ONE_CORE = ("place",)  # steps without a model
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job: a verb on the run, and the job that must have succeeded before it."""
-
-    name: str
-    command: str
-    after: str | None
-    step: str
+from stages.slurm import SchedulerError, Task
+from stages.targets import check, read_config
 
 
 def main(args: argparse.Namespace) -> int:
-    config = read_config(args.target, args.overrides)
-    names = [(s.folder, s.name) for s in stages_of(config, teacher_config(config))]
-    jobs = jobs_of(config, args.target, args.overrides, names)
-    if not args.dry_run:
-        raise UserError(
-            f"submission comes later: add --dry-run to print the {len(jobs)} jobs, review them, and pipe them to bash"
-        )
-    say(script(config, jobs))
+    if not all(part.isprintable() for part in (args.target, *args.overrides)):
+        raise UserError("a job script holds each value on one line: give what has line breaks in the config's file")
+    config = configured(args)
+    run = Path(config.run_dir).expanduser().absolute()
+    if args.dry_run:
+        jobs = ledger.left(run, chain(config.name, run, stages_of(config, teacher_config(config))))
+        say(script(config.slurm, jobs, run, settings(config)))
+        return 0
+    try:
+        slurm.check_partitions([config.slurm.partition, config.slurm.light_partition])
+        submit(args, config, run)
+    except SchedulerError as error:
+        raise SchedulerError(f"{error}\n(--dry-run prints the scripts, without a scheduler)") from error
     return 0
 
 
-def jobs_of(config: RunConfig, target: str, overrides: list[str], stages: list[tuple[str, str]]) -> list[Job]:
-    """Every job of a run in order; each depends on the one before it. ``stages`` are (folder, name)."""
-    if not all(part.isprintable() for part in (target, *overrides)):
-        raise UserError("a job script holds its command on one line: give what has line breaks in the config's file")
-    jobs: list[Job] = []
-    given = " ".join(shlex.quote(part) for part in (target, *overrides))
-    for folder, name in stages:
-        for step in STEPS:
-            command = f"distill {step} {given} --stage {name.split('/')[0]}"
-            after = jobs[-1].name if jobs else None
-            jobs.append(Job(f"{config.name}-{folder}-{step}", command, after, step))
-    jobs.append(Job(f"{config.name}-report", f"distill report {given}", jobs[-1].name, "report"))
-    return jobs
+def submit(args: argparse.Namespace, config: RunConfig, run: Path) -> None:
+    """Submit what is left of a run and not under way; everything that can be checked is, before anything is written."""
+    context = open_run(args.target, args.overrides, write=False, config=config)
+    check_inputs(config, load_model_config(config.teacher))
+    check_finished(context, [], force=False)
+    jobs = chain(config.name, run, context.stages)
+    known, standing = ledger.entries(run), ledger.standing(run)
+    live = {key: found for key, tasks in standing.items() if (found := [task for task in tasks if task.live])}
+    check_free(run, config, [task for tasks in live.values() for task in tasks])
+    for step in (context.step(stage, "score") for stage in context.stages):
+        if step.partial.exists():
+            step.part()  # candidates that were scored with other inputs count no more
+    left = {job.key: job for job in ledger.left(run, jobs)}
+    for kind, job in {job.kind: job for job in left.values()}.items():
+        try:
+            slurm.try_out(batch_script(config.slurm, job, ledger.jobs_folder(run)))
+        except SchedulerError as error:
+            raise SchedulerError(f"the scheduler refuses a job of kind '{kind}': {error}") from error
+    ledger.jobs_folder(run).mkdir(parents=True, exist_ok=True)
+    lock.hold(ledger.jobs_folder(run) / "submit.lock", f"{run}: its submission")
+    if ledger.entries(run) != known:
+        raise UserError(f"{run} was being submitted by another command at the same time: see distill status {run}")
+    write_text(run / "run.yaml", settings(config))
+    if not submit_chain(config, run, jobs, left, live):
+        say(f"nothing to submit: {'jobs are under way' if live else 'everything is finished'}")
+    say(f"distill status {run}")
 
 
-def batch_script(slurm: SlurmConfig, job: Job, run_dir: str) -> str:
-    """The sbatch text of one job."""
-    small = job.step in (*ON_ONE_CORE, "report")
-    nodes = slurm.nodes if job.step == "train" else 1
-    gpus = 0 if small else slurm.gpus_per_node if job.step == "train" else min(slurm.gpus_per_node, 1)
-    quote = shlex.quote  # sbatch reads quotes in its lines as a shell does
-    lines = ["#!/bin/bash", f"#SBATCH --job-name={quote(job.name)}", f"#SBATCH --nodes={nodes}"]
-    lines += ["#SBATCH --ntasks-per-node=1"]
-    lines += [f"#SBATCH --cpus-per-task={slurm.cpus_per_task}"]
-    lines += [f"#SBATCH --gpus-per-node={gpus}"] if gpus else []
-    lines += [f"#SBATCH --mem={quote('8G' if small else slurm.memory)}", f"#SBATCH --time={quote(slurm.time)}"]
-    lines += [f"#SBATCH --partition={quote(slurm.partition)}"] if slurm.partition else []
-    lines += [f"#SBATCH --account={quote(slurm.account)}"] if slurm.account else []
-    lines += [f"#SBATCH --output={quote(f'{run_dir}/slurm/%x-%j.out')}", "", "set -euo pipefail", *slurm.setup]
-    command = job.command
-    if nodes * gpus > 1:
-        command = (
-            f"srun --cpus-per-task={slurm.cpus_per_task} torchrun --nnodes={nodes} --nproc-per-node={gpus} "
-            '--rdzv-backend=c10d --rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500" '
-            f"-m stages.cli {command.removeprefix('distill ')}"
-        )
-    return "\n".join([*lines, command])
+def submit_chain(
+    config: RunConfig, run: Path, jobs: list[Job], left: dict[str, Job], live: dict[str, list[Task]]
+) -> int:
+    """Submit what is ``left`` of the jobs and not ``live``, each after the one before it; how many those were.
 
-
-def script(config: RunConfig, jobs: list[Job]) -> str:
-    """A shell script that submits all jobs, each with its dependency."""
-    number = {job.name: i for i, job in enumerate(jobs, 1)}
-    parts = ["#!/bin/bash", "set -euo pipefail", f"mkdir -p {shlex.quote(config.run_dir + '/slurm')}"]
+    What waits for a job that is submitted again would wait for ever, and is cancelled and submitted again, too.
+    """
+    count, after = 0, list[str]()
     for job in jobs:
-        after = f" --dependency=afterok:$job{number[job.after]} --kill-on-invalid-dep=yes" if job.after else ""
-        parts.append(
-            f"\n# {number[job.name]}. {job.name}{f', after {job.after}' if job.after else ''}\n"
-            f"job{number[job.name]}=$(sbatch --parsable{after} <<'SBATCH'\n"
-            f"{batch_script(config.slurm, job, config.run_dir)}\nSBATCH\n)"
+        working = live.get(job.key, [])
+        if count:
+            waiting = [task for task in working if task.state == "PENDING"]
+            slurm.cancel([task.label for task in waiting])
+            working = [task for task in working if task not in waiting]
+        labels = [task.label for task in working]
+        if job.key not in left:  # finished: a job of it may be about to end
+            after = labels or after
+            continue
+        if working:
+            say(f"{job.key}: under way ({', '.join(labels)})")
+        tasks = sorted(set(left[job.key].tasks) - {task.index for task in working})
+        if tasks or not working:
+            labels.append(str(send(config, run, replace(job, tasks=tuple(tasks)), after)))
+            count += 1
+        after = labels
+    return count
+
+
+def send(config: RunConfig, run: Path, job: Job, after: list[str]) -> int:
+    """Submit one job and note its id, with its script beside it."""
+    folder = ledger.jobs_folder(run)
+    text = batch_script(config.slurm, job, folder)
+    write_text(folder / f"{job.file}.sh", text + "\n")
+    try:
+        number = slurm.submit(text + "\n", after)
+    except SchedulerError as error:
+        raise SchedulerError(
+            f"{job.key}: {error}\nwhat was submitted before it stands; submit again to go on"
+        ) from error
+    ledger.note(run, job, number, after)
+    tasks = f", {len(job.tasks)} tasks" if job.tasks else ""
+    say(f"{job.key}: job {number}{tasks}" + (f", after {', '.join(after)}" if after else ""))
+    return number
+
+
+def check_free(run: Path, config: RunConfig, live: list[Task]) -> None:
+    """Raise UserError where a process that is none of the run's own jobs works on the run folder, or where jobs under
+    way were submitted with other settings."""
+    found = lock.holder(run / "run.lock")
+    if found is None or found[0].get("job") not in {str(number) for task in live for number in (task.id, task.label)}:
+        lock.check(run / "run.lock", str(run))
+    if live and (run / "run.yaml").is_file():
+        old, new = asdict(load_config(RunConfig, run / "run.yaml")), asdict(config)
+        for each in (old, new):
+            del each["slurm"], each["plan"], each["run_dir"]
+        if changed := differences(old, new):
+            labels = [str(number) for number in dict.fromkeys(task.id for task in live)]
+            raise UserError(
+                f"{run} has jobs under way that were submitted with other settings ({', '.join(labels[:4])}"
+                f"{', ...' if len(labels) > 4 else ''}):\n  " + "\n  ".join(changed[:2]) + "\n"
+                f"cancel them first (distill cancel {run}), or take another run_dir"
+            )
+
+
+def configured(args: argparse.Namespace) -> RunConfig:
+    """The config: defaults < the cluster's file < what the config itself sets of ``slurm`` < the command line; but a
+    RUN for which ``--cluster`` names another site takes all that this site's file says. Threads are those of a job:
+    a run keeps their number."""
+    config = read_config(args.target, args.overrides)
+    if name := args.cluster or config.slurm.cluster:
+        file, usual = cluster_file(name), asdict(SlurmConfig())
+        own = {key: value for key, value in asdict(config.slurm).items() if value != usual[key]}
+        if args.cluster and Path(args.target).expanduser().is_dir():
+            own = {}
+        layers = [
+            (args.target, asdict(config)),
+            (str(file), {"slurm": read_yaml(file)}),
+            (args.target, {"slurm": {**own, "cluster": name}}),
+        ]
+        config = merge_config(RunConfig, layers, [text for text in args.overrides if text.startswith("slurm.")])
+        check(config)
+    existing = Path(config.run_dir).expanduser() / "run.yaml"
+    if not config.threads:
+        share = max(config.slurm.cpus_per_task // max(config.slurm.gpus_per_node, 1), 1)
+        config.threads = (load_config(RunConfig, existing).threads if existing.is_file() else 0) or share
+    return config
+
+
+def cluster_file(name: str) -> Path:
+    """The file of a cluster: a path, or the short name of one that we ship."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    shipped = {each.stem: each for each in sorted(Path(str(resources.files("configs"))).glob("cluster/*.yaml"))}
+    if name not in shipped:
+        raise UserError(
+            f"no cluster '{name}'{nearest(name, shipped)}; give a YAML file or one of: {', '.join(shipped)}"
         )
-    parts.append(f'\necho "submitted {len(jobs)} jobs, $job1 to $job{len(jobs)}"')
-    return "\n".join(parts)
+    return shipped[name]
+
+
+def settings(config: RunConfig) -> str:
+    """``run.yaml`` of the run."""
+    return f"version: {VERSION}\n{dump_config(config)}"

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
-STAGES = "pretrain traces show plan score place swap cache train measure sft merge package bench report quantize status cancel"
+STAGES = "pretrain traces show plan score place swap cache train measure sft merge package bench report quantize cancel"
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
 # A package's __init__ is named by itself: distill/__init__.py is the public interface, on the floor of what it names.
@@ -124,13 +124,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.context",
         "stages.failures",
         "stages.identity",
+        "stages.jobs",
+        "stages.ledger",
         "stages.lineage",
         "stages.ranks",
+        "stages.slurm",
         "stages.targets",
         "stages.checkpoints",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
     ("stages.submit", "stages.export", "stages.import_native"),
+    ("stages.submit", "stages.status"),
     ("stages.pipeline",),  # F11
     ("stages.cli",),
 )

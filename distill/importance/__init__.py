@@ -1,7 +1,8 @@
 """Importance scores: one file each, whose name is the registered name.
 
 Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
-``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way.
+``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way;
+and ``order(rows) -> list[int]``, so that candidates can be scored apart, each alone, and joined.
 """
 
 from __future__ import annotations
@@ -65,3 +66,10 @@ def scorer(name: str) -> Callable[[Setup], dict[str, Any]]:
     choose("importance score", name, available())
     function: Callable[[Setup], dict[str, Any]] = importlib.import_module(f"{__name__}.{name}").score
     return function
+
+
+def join(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record of the ``records`` that the score ``name`` has of disjoint candidates: as if scored together."""
+    rows = sorted((row for record in records for row in record["blocks"]), key=lambda row: row["block"])
+    order: Callable[[Sequence[Mapping[str, float]]], list[int]] = importlib.import_module(f"{__name__}.{name}").order
+    return {**records[0], "blocks": rows, "order": order(rows)}

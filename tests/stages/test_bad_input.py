@@ -61,6 +61,11 @@ CONFIG_FILES = [
     (["pretrain", "demo"], "unknown key"),
     (["pretrain", "{tmp}/missing.yaml"], "no config"),
     (["submit", "dmeo", "--dry-run"], "did you mean 'demo'"),
+    (["submit", "demo", "--dry-run", "--cluster", "h10"], "no cluster 'h10' (did you mean 'h100'?)"),
+    (["submit", "demo", "--cluster", "{tmp}/missing.yaml"], "give a YAML file or one of: container, h100, loopback"),
+    (["submit", "demo", "--dry-run", "--cluster", "{tmp}/typo.yaml"], "unknown key 'slurm.trian'"),
+    (["status", "{tmp}"], "is no run folder"),
+    (["cancel", "{tmp}/missing.yaml"], "there is no such file"),
     (["run", "~nobody-of-this-name/x.yaml"], "write ~/ for your home"),
     (["run", "x" * 5000], "File name too long"),
 ]

@@ -1,4 +1,4 @@
-"""Plan and submit: pure text from a config, offline."""
+"""Plan: pure text from a config, offline."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.config import RunConfig, SlurmConfig
+from distill.config import RunConfig
 from distill.config_merge import load_config
 from distill.hybrid.model import FAMILIES
 from stages.cli import main
 from stages.plan import sizes, teacher_config
-from stages.submit import Job, batch_script
 from stages.targets import config_path
 
 
@@ -62,40 +61,3 @@ def test_plan_writes_nothing(tmp_path: object, capsys: pytest.CaptureFixture[str
     import pathlib
 
     assert not (pathlib.Path(str(tmp_path)) / "run").exists()
-
-
-def test_batch_script_text() -> None:
-    slurm = SlurmConfig(partition="gpu", nodes=2, gpus_per_node=8, cpus_per_task=64, setup=["source env/bin/activate"])
-    job = Job("r-01-H1-25-train", "distill train r.yaml --stage H1-25", None, "train")
-    assert batch_script(slurm, job, "runs/r").splitlines() == [
-        "#!/bin/bash",
-        "#SBATCH --job-name=r-01-H1-25-train",
-        "#SBATCH --nodes=2",
-        "#SBATCH --ntasks-per-node=1",
-        "#SBATCH --cpus-per-task=64",
-        "#SBATCH --gpus-per-node=8",
-        "#SBATCH --mem=0",
-        "#SBATCH --time=24:00:00",
-        "#SBATCH --partition=gpu",
-        "#SBATCH --output=runs/r/slurm/%x-%j.out",
-        "",
-        "set -euo pipefail",
-        "source env/bin/activate",
-        "srun --cpus-per-task=64 torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d "
-        '--rdzv-endpoint="$(scontrol show hostnames | head -n 1):29500" '
-        "-m stages.cli train r.yaml --stage H1-25",
-    ]
-    place = batch_script(slurm, Job("p", "distill place r.yaml --stage H1-25", "x", "place"), "runs/r")
-    assert "gpus" not in place
-    assert place.endswith("\ndistill place r.yaml --stage H1-25")
-
-
-def test_submit_chains_one_job_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", "demo", "name=my run", "--dry-run"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("sbatch --parsable") == 4 * 5 + 1
-    assert text.count("#SBATCH --job-name=") == 4 * 5 + 1
-    for job in range(2, 12):
-        assert f"job{job}=$(sbatch --parsable --dependency=afterok:$job{job - 1} --kill-on-invalid-dep=yes" in text
-    assert "distill score demo 'name=my run' --stage H1-5\n" in text
-    assert "distill report demo 'name=my run'\n" in text
