@@ -34,6 +34,8 @@ def check_job(config: RunConfig, verb: str) -> None:
     if verb not in TRAINS:
         return
     check_engine(config.engine, config.train, config.dtype, world)
+    if config.engine.name == "fsdp" and config.engine.config == "offload" and not torch.cuda.is_available():
+        raise UserError("engine.config=offload moves weights off a GPU, and there is none here: set engine.config=full")
     if config.engine.name == "fsdp" and not torch.cuda.is_available() and config.kernels != "reference":
         raise UserError(
             f"engine.name=fsdp on a CPU with kernels={config.kernels}: compiled kernels hold on to memory that FSDP2 "

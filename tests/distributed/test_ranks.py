@@ -70,7 +70,7 @@ def test_engines_that_need_a_launcher_say_so(copy: Copy, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["full", "grad_op", "offload"])
+@pytest.mark.parametrize("config", ["full", "grad_op"])
 def test_fsdp_trains_as_one_process_and_goes_on(swapped: Path, tmp_path: Path, config: str) -> None:
     """Stopped by SIGUSR1 on the way, it goes on from its own checkpoint."""
     given = str(swapped.with_name("tiny.yaml"))

@@ -122,6 +122,7 @@ CONFIG_VALUES = [
     ([*RUN, "train.spike=0.5"], "train.spike=0.5 must be above 1"),
     ([*RUN, "engine.name=deepsped"], "did you mean 'deepspeed'?"),
     ([*RUN, "engine.name=ddp", "engine.config=zero3"], "engine.config=zero3 with engine.name=ddp"),
+    ([*RUN, "engine.name=fsdp", "engine.config=offload"], "there is none here: set engine.config=full"),
     ([*RUN, "engine.name=fsdp"], "set kernels=reference"),
     ([*RUN, "engine.name=fsdp", "kernels=reference"], "torchrun --nproc-per-node N"),
     ([*PLAN, "plan.device_memory=0.1"], "what would fit:"),
