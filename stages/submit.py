@@ -20,6 +20,7 @@ from pathlib import Path
 from distill import lock
 from distill.config import VERSION, RunConfig, SlurmConfig
 from distill.config_merge import dump_config, load_config, merge_config, read_yaml
+from distill.engine import check_engine
 from distill.errors import UserError, nearest
 from distill.records import differences, write_text
 from distill.teacher import load_config as load_model_config
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
 
 def submit(args: argparse.Namespace, config: RunConfig, run: Path) -> None:
     """Submit what is left of a run and not under way; everything that can be checked is, before anything is written."""
+    world = config.slurm.nodes * max(config.slurm.gpus_per_node, 1)
+    check_engine(config.engine, config.train, config.dtype, world)
     context = open_run(args.target, args.overrides, write=False, config=config)
     check_inputs(config, load_model_config(config.teacher))
     check_finished(context, [], force=False)
