@@ -1,10 +1,12 @@
-"""Decode step of the embedded teacher and of its hybrids, beside the operator roofline of this machine.
+"""Decode step of a teacher and of its hybrids, beside the operator roofline of this machine.
 
     python benchmarks/decode.py --threads 2 --batch 32 --contexts 256 1024 4096
+    python benchmarks/decode.py --model 50m --threads 2          (the embedded teacher's family, six times as wide)
 
-The roofline is the sum over operators of max(bytes / copy bandwidth, flops / product peak), both measured at the start:
-every projection (weights, inputs, outputs), attention over its keys and values, the mixers' states read and written,
-norms and activations. Models take turns; times are the fastest of several steps. The last line of output is JSON.
+The roofline (`eval/roofline.py`) is the sum over operators of max(bytes / copy bandwidth, flops / product peak), both
+measured at the start and again at the end: every projection (weights, inputs, outputs), attention over its keys and
+values, the mixers' states read and written, norms and activations. Models take turns; times are the fastest of several
+steps. ``--operators`` also prints where the teacher's time goes. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -19,49 +21,29 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from machine import Machine
-from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import distill  # noqa: F401
 from distill.config import MixerConfig
 from distill.hybrid.surgery import hybridize
 from distill.mixers import ATTENTION
-from distill.teacher import load_model
-from eval.backends.hf import Decoder
+from distill.teacher import load_config, load_model
+from eval.backends.hf import Model
+from eval.machine import Machine
+from eval.shapes import random_models
 
-FLOAT = 4  # bytes
-
-
-def roofline(model: nn.Module, machine: Machine, batch: int, context: int) -> float:
-    """Least seconds of one decode step of ``model`` [batch, 1] at ``context``, operator by operator."""
-    config: Any = model.config
-    total = 0.0
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            inputs, outputs = module.in_features, module.out_features
-            nbytes = FLOAT * (inputs * outputs + batch * (inputs + outputs))
-            total += machine.seconds(flops=2 * batch * inputs * outputs, nbytes=nbytes)
-        elif "RMSNorm" in type(module).__name__:
-            total += machine.seconds(nbytes=2 * FLOAT * batch * config.hidden_size)
-    for mixer in getattr(config, "mixers", None) or [ATTENTION] * config.num_hidden_layers:
-        total += machine.seconds(nbytes=3 * FLOAT * batch * config.intermediate_size)  # the MLP's gate
-        inner = config.num_attention_heads * config.head_dim
-        if mixer == ATTENTION:
-            kept = batch * context * config.num_key_value_heads * config.head_dim
-            total += machine.seconds(flops=4 * batch * context * inner, nbytes=2 * FLOAT * kept)
-        else:
-            options = config.mixer_config
-            states, channels = (
-                (min(options["d_state"], config.head_dim), 1) if mixer == "mamba1" else (config.head_dim, 3)
-            )
-            held = batch * inner * (states + channels * (options["d_conv"] - 1))
-            total += machine.seconds(flops=6 * batch * inner * states, nbytes=2 * FLOAT * held)
-    return total
+WIDER = 6
+MODELS = ("embedded", "50m")
 
 
-def models(blocks: list[int], mixers: list[str]) -> dict[str, Any]:
+def models(name: str, blocks: list[int], mixers: list[str]) -> dict[str, Any]:
     """The teacher and, for each number of blocks and each mixer, a hybrid whose last blocks are replaced (which ones
     they are makes no difference to speed)."""
+    if name == "50m":
+        config = load_config("embedded")
+        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            setattr(config, key, WIDER * getattr(config, key))
+        return random_models(config, blocks, mixers, MixerConfig(), torch.float32, "cpu")
     teacher = load_model("embedded")
     layers = teacher.config.num_hidden_layers
     found = {"teacher": teacher}
@@ -72,38 +54,76 @@ def models(blocks: list[int], mixers: list[str]) -> dict[str, Any]:
     return found
 
 
+def best_of_turns(machine: Machine, again: Machine) -> Machine:
+    """The better of two measurements of a machine: what it can do, not what else it did."""
+    return Machine(
+        machine.name,
+        max(machine.copy, again.copy),
+        max(machine.gemm, again.gemm),
+        max(machine.exps, again.exps),
+        machine.memory,
+    )
+
+
+def operators(engine: Model, context: int) -> None:
+    """Print the share of the time of a step that each of PyTorch's operators takes."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(5):
+            engine.step(context)
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"  where {engine.name} spends a step at context {context} (compiled attention: within its caller)")
+    for event in events[:8]:
+        print(f"    {event.self_cpu_time_total / total:6.1%}  {event.key}  x {event.count // 5}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="embedded")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[5, 6, 7, 8])
+    parser.add_argument("--blocks", type=int, nargs="+", help="default: 5 6 7 8; of 50m 5 8")
     parser.add_argument("--mixers", nargs="+", default=["mamba1", "mamba2"])
     parser.add_argument("--seconds", type=float, default=2.0, help="a model and context")
+    parser.add_argument("--operators", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    machine, measured = Machine.measure(), models(args.blocks, args.mixers)
-    print(f"{machine}\nbatch {args.batch}; milliseconds a step (and the part of the roofline reached)")
+    blocks = args.blocks or ([5, 6, 7, 8] if args.model == "embedded" else [5, 8])
+    before = Machine.measure()
+    engines = {name: Model(name, model) for name, model in models(args.model, blocks, args.mixers).items()}
+    times: dict[tuple[str, int], float] = {}
+    for engine in engines.values():
+        engine.prepare(args.batch, max(args.contexts))
+    for context in args.contexts:
+        end = time.perf_counter() + args.seconds * len(engines)
+        while time.perf_counter() < end or ("teacher", context) not in times:
+            for name, engine in engines.items():
+                times[name, context] = min(engine.step(context), times.get((name, context), float("inf")))
+    if args.operators:
+        operators(engines["teacher"], max(args.contexts))
+    machine = best_of_turns(before, Machine.measure(again=True))
+    parameters = engines["teacher"].shape.parameters
+    print(f"{machine}\n{args.model}, {parameters / 1e6:.1f} M parameters, batch {args.batch}; milliseconds a step (and "
+          "the part of the roofline reached)")  # fmt: skip
     rows = []
     for context in args.contexts:
-        decoders = {name: Decoder(model, args.batch, context) for name, model in measured.items()}
-        best = dict.fromkeys(decoders, float("inf"))
-        end = time.perf_counter() + args.seconds * len(decoders)
-        while time.perf_counter() < end:
-            for name, decoder in decoders.items():
-                best[name] = min(best[name], decoder.timed_step())
-        for name, seconds in best.items():
-            fraction = roofline(measured[name], machine, args.batch, context) / seconds
-            rows.append({"model": name, "context": context, "step_seconds": seconds, "roofline_fraction": fraction})
-            speedup = best["teacher"] / seconds
-            rows[-1] |= {"speedup": speedup, "fraction_of_teachers": fraction / teachers(rows, context)}
-            print(
-                f"  context {context:5d}  {name:16s} {1e3 * seconds:8.2f}  ({fraction:.2f})  {speedup:.2f}x", flush=True
-            )
+        for name, engine in engines.items():
+            seconds = times[name, context]
+            fraction = engine.shape.step(args.batch, context, machine) / seconds
+            speedup = times["teacher", context] / seconds
+            row = {"model": name, "context": context, "step_seconds": seconds, "roofline_fraction": fraction}
+            rows.append(row | {"speedup": speedup})
+            rows[-1]["fraction_of_teachers"] = fraction / teachers(rows, context)
+            print(f"  context {context:5d}  {name:16s} {1e3 * seconds:8.2f}  ({fraction:.2f})  {speedup:.2f}x")
     longest = [row for row in rows if row["context"] == max(args.contexts)]
     result = {
+        "model": args.model,
+        "parameters": parameters,
         "batch": args.batch,
         "threads": args.threads,
+        "copy_bytes_per_second": machine.copy,
+        "product_flops_per_second": machine.gemm,
         "roofline_fraction": {row["model"]: round(row["roofline_fraction"], 3) for row in longest},
         "speedup": {row["model"]: round(row["speedup"], 3) for row in longest},
         "least_fraction_of_teachers": {

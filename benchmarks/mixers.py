@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from machine import Machine, fastest
 from mixers_plot import draw
 from peers import mamba_ssm
 from torch import Tensor
@@ -45,6 +44,7 @@ from distill.mixers import mixer_class
 from distill.ops.selective_scan import selective_scan, selective_scan_update
 from distill.ops.ssd import ssd
 from eval.backends.hf import InPlaceLayer
+from eval.machine import Machine, fastest
 
 LENGTHS = [2**power for power in range(7, 15)]  # 128 ... 16k
 AT = 2048  # the length of the figures that the last line gives

@@ -24,15 +24,16 @@ import torch
 from distill.config import DataConfig, MixerConfig, TrainConfig
 from distill.config_merge import spread_options
 from distill.data.sources import EMBEDDED
-from distill.errors import UserError, brief, choose
+from distill.errors import UserError, brief, check_whole, choose
 from distill.hub.package import package
 from distill.hybrid import surgery
+from distill.hybrid.config import mixer_options
 from distill.init import available as initialisations
-from distill.mixers import ATTENTION
+from distill.mixers import ATTENTION, check_used
 from distill.mixers import available as mixers
 from distill.placement import hybrid_name, parse_name, replace, replaced_blocks
 from distill.posttrain.merge import checkpoint_folder
-from distill.scoring import FIXED, Scores, frozen, score, training_rows
+from distill.scoring import FIXED, Scores, check_tokenizer, frozen, score, training_rows
 from distill.teacher import DTYPES, Teacher, load_model, load_tokenizer
 from distill.trainer import DistillTrainer, fit, heldout_loss, training_arguments
 
@@ -115,7 +116,9 @@ def hybridize(
         there = model.config.mixer_config
         start = replace_fields(start, **{**there, "bc_norm": "always" if there["bc_norm"] else "never"})
     (settings,) = spread_options(options, start, fixed=("name", "init", "blocks"))
-    return surgery.hybridize(model, mixers_of(before, placement, mixer, scores), settings, seed=seed)
+    after = mixers_of(before, placement, mixer, scores)
+    check_used(after, mixer_options(settings))
+    return surgery.hybridize(model, after, settings, seed=check_whole("seed", seed))
 
 
 def mixers_of(before: Sequence[str], placement: Placement, mixer: str, scores: Scores | None = None) -> list[str]:
@@ -206,6 +209,7 @@ def train(
     settings, rows = spread_options(options, TrainConfig(), DataConfig(), fixed=(*FIXED, "steps"))
     surgery.check_model(student, "student")
     surgery.check_model(teacher, "teacher")
+    check_tokenizer(tokenizer)
     if not surgery.is_hybrid(student.config):
         raise UserError(f"student is a {student.config.model_type}, no hybrid: train(student, teacher, tokenizer)")
     if student.config.vocab_size != teacher.config.vocab_size:

@@ -188,7 +188,9 @@ class LooConfig:
     task: str = "embedded_choice"
     """A log-likelihood task of lm-eval."""
     questions: int = 500
-    """How many questions (0: all)."""
+    """How many questions (0: all); of a real suite drawn over its subjects, the same for every block and run."""
+    few_shot: int = -1
+    """Examples before each question (-1: as the task says)."""
 
 
 @dataclass
@@ -221,19 +223,46 @@ class ThroughputConfig:
     repeats: int = 5
     output_tokens: int = 4096
     """N of the 1-in / N-out throughput (the paper: 16k)."""
+    full: bool = False
+    """Run the N tokens to the end, in place of integrating the step times at the contexts."""
+    memory_gb: float = 0.0
+    """What each model gets its largest batch within, in GB (0: nine tenths of a GPU's memory; on CPU what the teacher
+    takes at the largest of the batches)."""
+    prefill_tokens: int = 4096
+    """Prompts are measured up to so many tokens, batch times context (0: none)."""
+    lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536, 131072])
+    """Lengths of a sequence for which the memory is given."""
 
 
 @dataclass
 class MeasureConfig:
-    """Accuracy tasks (lm-eval names) and throughput."""
+    """Accuracy tasks and throughput."""
 
     generative: list[str] = field(default_factory=lambda: ["embedded_generative"])
+    """Tasks whose answers are generated: names of usual suites (gsm8k, math500, ...) or of lm-eval's tasks."""
     multiple_choice: list[str] = field(default_factory=lambda: ["embedded_choice"])
+    """Tasks whose choices are scored by their likelihood."""
+    local_data: str = ""
+    """A folder of copies of the tasks' data, laid out as on the hub (``DIR/openai/gsm8k/main/test.parquet``), in place
+    of the hub."""
     limit: int = 0
     """Questions a task (0: all)."""
+    few_shot: dict[str, int] = field(default_factory=dict)
+    """Examples before each question, by task, where others than the task says: ``{mmlu: 5}``."""
     batch_size: int = 64
+    """Sequences at a time; halved where memory does not suffice."""
     max_new_tokens: int = 0
-    """Longest generation (0: as each task says)."""
+    """Longest generation (0: as each task says); one that is longer is counted as truncated."""
+    temperature: float = 0.0
+    """Of generated answers (0: as each task says, which is greedy)."""
+    top_p: float = 1.0
+    """Mass of the likeliest tokens that are drawn from."""
+    samples: int = 1
+    """Answers to each generative question; its score is their mean (pass@1)."""
+    reasoning_start: str = "<think>"
+    """What begins a model's reasoning: where it has begun and not ended, there is no answer yet."""
+    reasoning_end: str = "</think>"
+    """What ends it: the text behind it is matched (empty: all of the text)."""
     allow_code_execution: bool = False
     """Whether tasks that run what the model writes (humaneval, mbpp) may do so on this machine."""
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
@@ -253,6 +282,14 @@ class SlurmConfig:
     time: str = "24:00:00"
     setup: list[str] = field(default_factory=list)
     """Shell lines run before the step (module load, activation of an environment)."""
+
+
+@dataclass
+class TrackingConfig:
+    """Who else gets the training logs (TensorBoard's files are always written, ``RUN/tensorboard``)."""
+
+    wandb: str = ""
+    """Project of Weights & Biases to log to (empty: none); needs the package ``wandb``."""
 
 
 @dataclass
@@ -301,6 +338,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass

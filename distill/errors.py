@@ -32,6 +32,13 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
+def check_whole(what: str, value: object, least: int = 0) -> int:
+    """``value`` if it is a whole number of at least ``least``; UserError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{what}={value!r} must be a whole number, at least {least}")
+    return value
+
+
 def choose(what: str, given: str, allowed: Iterable[str]) -> str:
     """Return ``given`` if it is one of ``allowed``; otherwise raise a UserError that names them."""
     names = sorted(allowed)

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
-from distill import distributed, interrupt
+from distill import distributed, interrupt, tracking
 from distill.records import read_json, write_json, write_text
 from distill.storage import sync
 
@@ -144,6 +144,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 def append_line(path: Path, event: dict[str, Any]) -> None:
-    """Append one JSON line."""
+    """Append one JSON line; those who follow the run get it, too."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(event) + "\n")
+    tracking.record(path, event)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from distill.errors import UserError, brief
+from distill.machine import command, device
 from distill.storage import DiskFull, checksums, damage, full_disk_named, sync, sync_tree
 
 PACKAGES = ("torch", "transformers", "accelerate", "lm-eval", "numba", "numpy", "trl")
@@ -89,9 +90,11 @@ def fingerprint(value: Any) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Host, versions and time, kept beside every result (and out of every fingerprint)."""
+    """Host, device, command, versions and time, kept beside every result (and out of every fingerprint)."""
     return {
         "host": platform.node(),
+        "device": device(),
+        "command": command(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from distill.config import DataConfig, LooConfig, MixerConfig, MmrConfig, ScoreConfig, TrainConfig
 from distill.config_merge import spread_options
@@ -18,7 +19,7 @@ from distill.data import suite
 from distill.data.jsonl import iterate_rows
 from distill.data.mixture import check_data, load_data
 from distill.data.sources import EMBEDDED
-from distill.errors import UserError, choose
+from distill.errors import UserError, check_whole, choose
 from distill.hybrid.surgery import check_convertible, check_model
 from distill.importance import Metric, Setup, available, scorer
 from distill.importance.mmr import TRAINABLE
@@ -75,10 +76,10 @@ def score(
     *,
     method: str = "loo",
     data: str | Path | Sequence[Mapping[str, Any]] = EMBEDDED,
-    questions: int = 500,
+    questions: int | None = None,
     metric: Metric | None = None,
     teacher: Any = None,
-    steps: int = 100,
+    steps: int | None = None,
     seed: int = 0,
     report: Callable[[int, dict[str, float]], None] = lambda block, row: None,
     **options: Any,
@@ -88,13 +89,15 @@ def score(
     Args:
         model, tokenizer: a transformer or a hybrid, as ``distill.load`` gives them.
         method: ``loo``: accuracy lost when a block is the identity (Apriel-H1's first stage); ``mmr``: loss after a
-            short distillation with the block swapped (its later stages), ``steps`` training steps a block.
+            short distillation with the block swapped (its later stages).
         data: for loo multiple-choice questions: ``embedded``, a JSONL file, or rows, each with ``prompt``, ``choices``
             and ``gold`` (the right choice, from 0). For mmr what to train on, as ``data.source`` of a config.
-        questions: how many of them are asked (loo; 0: all).
+        questions: how many of them are asked (loo; by default 500; 0: all).
         metric: for loo, in place of data: ``metric(model, variants)``, such as
             ``eval.loglikelihood.prepare("mmlu", tokenizer, model, 1000).compare``.
         teacher: for mmr, the model to distil from; by default the model itself, if it is no hybrid.
+        steps: for mmr, training steps a block (by default 100).
+        seed: of the data and of what starts at random (mmr).
         report: called with (block, row) as each is done.
         options: for mmr, of the mixer, the training and the data (MmrConfig, TrainConfig, DataConfig and MixerConfig in
             ``distill.config``): mixer, init, learning_rate, batch_size, sequence_length, heldout_tokens, ...
@@ -105,7 +108,13 @@ def score(
     Raises UserError for a method, data or options that cannot be.
     """
     choose("method", method, available())
+    foreign = {"teacher": teacher, "steps": steps} if method == "loo" else {"questions": questions, "metric": metric}
+    if given := [name for name, value in foreign.items() if value is not None]:
+        raise UserError(f"{method} takes no '{given[0]}', which is of the other method: leave it out")
     check_model(model)
+    check_tokenizer(tokenizer)
+    questions = 500 if questions is None else questions
+    steps, seed = 100 if steps is None else steps, check_whole("seed", seed)
     if teacher is not None:
         check_model(teacher, "teacher")
     check_convertible(model.config)
@@ -156,12 +165,9 @@ def _options(
 
 def _questions(data: Any, count: int) -> list[Mapping[str, Any]]:
     """The first ``count`` (0: all) multiple-choice questions of what ``data`` names."""
-    if not isinstance(count, int):
-        raise UserError(f"questions={count!r} must be a whole number")
+    check_whole("questions", count)
     if not isinstance(data, (str, Path, Sequence)):
         raise UserError(f"data is a {type(data).__name__}: loo wants '{EMBEDDED}', a JSONL file, or rows")
-    if count < 0:
-        raise UserError(f"questions={count} must be at least 0 (all)")
     if isinstance(data, (str, Path)) and str(data) != EMBEDDED:
         path = Path(data).expanduser()
         if not path.is_file():
@@ -181,8 +187,8 @@ def training_rows(
     """
     if not isinstance(data, (str, Path)):
         raise UserError(f"data={type(data).__name__}: training wants '{EMBEDDED}', a file or folder, or a hub name")
-    if not isinstance(steps, int):
-        raise UserError(f"steps={steps!r} must be a whole number")
+    check_whole("seed", seed)
+    check_whole("steps", steps)
     for key, value in {**asdict(train), "steps": steps, "held-out rows": heldout}.items():
         if isinstance(value, (int, float)) and not (value > 0 if key in ABOVE_0 else value >= 0):
             raise UserError(f"{key}={value} must be {'above 0' if key in ABOVE_0 else 'at least 0'}")
@@ -195,6 +201,12 @@ def training_rows(
         raise UserError("the tokenizer has no chat template, which the embedded traces need: give other data")
     training = load_data(rows, tokenizer, steps * train.batch_size, seed)
     return training, load_data(rows, tokenizer, heldout, HELD_OUT_SEED, held_out=True)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """UserError for what is no tokenizer of transformers."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"tokenizer is a {type(tokenizer).__name__}: give that of the model, as distill.load gives it")
 
 
 @contextmanager

@@ -1,117 +1,54 @@
-"""Accuracy through lm-eval: generative and multiple-choice tasks, each figure with its standard error."""
+"""Accuracy through lm-eval: generative and multiple-choice tasks, each figure with its standard error.
+
+lm-eval makes the questions and matches the answers, `eval.lm` answers them, `eval.scores` reads the results.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
+import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from distill.data.families import DISTANCES
-from distill.errors import UserError, nearest
-from eval.backends import hf
+from distill.config import MeasureConfig
+from distill.errors import UserError
+from eval import local_data
+from eval.scores import Scores, rows_by_distance, rows_of
+from eval.suites import KINDS, check_tasks, leaves, named, task_manager
 
-LINE = 110
-"""Columns of a terminal that a line of `Scores.lines` may fill before it is folded."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model scored: rows of task, kind, metric, value, stderr, n; and, of each generative task whose
-    questions carry a distance, rows of task, distance, value, stderr, n. Values are fractions."""
-
-    rows: list[dict[str, Any]]
-    by_distance: list[dict[str, Any]]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """As it stands in ``measure.json`` and ``scores.json``."""
-        return {"accuracy": self.rows, "by_distance": self.by_distance}
-
-    def lines(self) -> list[str]:
-        """A line a task for the terminal, in per cent, neighbouring distances of equal accuracy as one:
-        ``chase  exact_match  98.0% +- 1.4   by hops 1-3: 100  4: 95  5: 94``."""
-        lines = []
-        for row in self.rows:
-            text = f"  {row['task']:18s} {row['metric']} {100 * row['value']:5.1f}% +- {100 * row['stderr']:.1f}"
-            parts = []
-            mine = (each for each in self.by_distance if each["task"] == row["task"])
-            for percent, run in groupby(mine, key=lambda each: round(100 * each["value"])):
-                ends = [str(each["distance"]) for each in run]
-                parts.append(f"{'-'.join(dict.fromkeys([ends[0], ends[-1]]))}: {percent}")
-            if parts:
-                detail = f"by {DISTANCES.get(row['task'], 'distance')} {'  '.join(parts)}"
-                text += f"   {detail}" if len(text) + len(detail) + 3 <= LINE else f"\n      {detail}"
-            lines.append(text)
-        return lines
+FEW_SHOT_SEED = 1234
+"""Of the examples before a question, as lm-eval has it: the same for every model."""
 
 
-@cache
-def _manager(defaults: bool) -> Any:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(Path(__file__).parent / "tasks"), include_defaults=defaults)
-
-
-def task_manager(names: Sequence[str]) -> Any:
-    """An lm-eval task manager that knows ``names``: the embedded suite alone where that is enough (reading the
-    many thousand files of lm-eval's own tasks takes a while), otherwise all.
-
-    Raises UserError for a task that is in neither, naming the nearest.
-    """
-    embedded = _manager(False)
-    if all(name in embedded.all_tasks for name in names):
-        return embedded
-    everything = _manager(True)
-    for name in names:
-        if name not in everything.all_tasks:
-            raise UserError(
-                f"unknown task '{name}'{nearest(name, [*embedded.all_tasks, *everything.all_tasks])}; "
-                "allowed: the embedded suite (embedded_generative, embedded_choice) and lm-eval's tasks"
-            )
-    return everything
+def check(options: MeasureConfig) -> None:
+    """Raise UserError for tasks that could not be measured: unknown, scored in the other way, without their packages or
+    data, running code without consent; and for a sampling that could not be."""
+    for kind in KINDS:
+        check_tasks(getattr(options, kind), kind, allow_code=options.allow_code_execution)
+    if options.samples > 1 and not options.temperature:
+        raise UserError(
+            f"measure.samples={options.samples} at measure.temperature=0 would be the same answer each time: "
+            "set a temperature, such as 0.6"
+        )
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"measure.top_p={options.top_p} must be in (0, 1]")
+    tasks = [*options.generative, *options.multiple_choice]
+    for name in options.few_shot:
+        if name not in tasks:
+            raise UserError(f"measure.few_shot.{name}: not among the tasks ({', '.join(tasks)})")
+    check_data([(name, kind) for kind in KINDS for name in getattr(options, kind)], options.local_data)
 
 
-def check_tasks(names: Sequence[str], *, allow_code: bool) -> None:
-    """Raise UserError for a task that there is none of, or that runs code which the model wrote (HumanEval, MBPP)
-    where ``allow_code`` does not say that it may."""
-    index = task_manager(names).task_index
-    for name in names:
-        if not allow_code and (task := _running_code(index, name)):
-            inside = "" if task == name else f" (in '{name}')"
-            raise UserError(
-                f"task '{task}'{inside} runs the Python code that the model writes, on this machine and with your "
-                "rights: set measure.allow_code_execution=true if that is safe here (a container), or leave it out"
-            )
-
-
-def _running_code(index: Any, task: Any) -> str | None:
-    """The first task that runs code of the model's in ``task``: the name of a task, group or tag, or what a group
-    holds in place of a name (a mapping); None if there is none."""
-    children: list[Any] = []
-    if isinstance(task, str):
-        entry = index.get(task)
-        content = (entry.cfg if entry else None) or {}
-        children = sorted(entry.tags) if entry and entry.cfg is None else []  # a tag
-    else:
-        content = task
-    below = content.get("task")
-    if content.get("unsafe_code"):
-        return str(below)
-    if isinstance(below, list):
-        children = below
-    elif below is not None and below != task:
-        children = [below]
-    return next((found for child in children if (found := _running_code(index, child))), None)
+def check_data(tasks: Sequence[tuple[str, str]], root: str) -> None:
+    """Raise UserError where the data of a task, given with its kind, are not to be had."""
+    inner = [named(name, kind) for name, kind in tasks]
+    index = task_manager(inner).task_index
+    local_data.check((leaf for name in inner for leaf in leaves(index, name)), root)
 
 
 @contextmanager
@@ -144,107 +81,105 @@ def bars_on_a_terminal_only() -> Iterator[None]:
         tqdm.__init__ = original  # type: ignore[method-assign]
 
 
+def load_tasks(name: str, kind: str, root: str, few_shot: int | None = None, tokenizer: str = "") -> dict[str, Any]:
+    """A task, group or tag as lm-eval's ``tasks``, ``groups`` and ``group_map``, its data from below ``root`` or the
+    hub, each task with ``few_shot`` examples (None: as it says), always the same ones."""
+    inner = named(name, kind)
+    random.seed(0)  # GPQA shuffles its choices when it is loaded
+    np.random.seed(1234)
+    manager = task_manager([inner])
+    if tokenizer:
+        manager._factory._meta["pretrained"] = tokenizer  # RULER makes texts of so many tokens
+    with bars_on_a_terminal_only(), local_data.reading(root):
+        loaded: dict[str, Any] = manager.load([inner])
+    for task in loaded["tasks"].values():
+        count = few_shot if few_shot is not None else task.get_config("num_fewshot") or 0
+        task.set_config(key="num_fewshot", value=count)
+        task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+    return loaded
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
-    generative: Sequence[str],
-    multiple_choice: Sequence[str],
+    options: MeasureConfig,
     *,
-    batch_size: int,
-    limit: int = 0,
-    max_new_tokens: int = 0,
-    allow_code: bool = False,
+    seed: int = 0,
+    name: str = "the model",
+    report: Callable[[str], None] = print,
+    done: Mapping[str, Mapping[str, Any]] | None = None,
+    keep: Callable[[str, dict[str, Any]], None] = lambda task, record: None,
 ) -> Scores:
-    """Score a model on tasks (groups and tags are reported task by task).
+    """Score a model on the tasks of ``options`` (groups and tags are reported task by task).
 
-    Raises UserError for an unknown task, and for one that runs the model's code unless ``allow_code``.
+    Args:
+        seed: with it and the same options the same answers are drawn. name: what messages call the model.
+        report: told a line when a batch is halved. done: records of tasks that need not be scored again.
+        keep: called with (kind/task, record) as each task is done.
+
+    Raises UserError as ``check`` does, and for logits that are not finite.
     """
-    from lm_eval import simple_evaluate
-
-    check_tasks([*generative, *multiple_choice], allow_code=allow_code)
-    manager = task_manager([*generative, *multiple_choice])
-    scores = Scores([], [])
-    for kind, tasks in (("generative", generative), ("multiple_choice", multiple_choice)):
-        if not tasks:
-            continue
-        with bars_on_a_terminal_only(), code_execution(allow_code):
-            results = simple_evaluate(
-                model=hf.lm(model, tokenizer, batch_size),
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit or None,
-                gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens and kind == "generative" else None,
-                bootstrap_iters=0,
-                log_samples=kind == "generative",
-                apply_chat_template=tokenizer.chat_template is not None,
-                verbosity="ERROR",
-                confirm_run_unsafe_code=allow_code,
-            )
-        assert results is not None
-        scores.rows.extend(rows_of(results, kind))
-        scores.by_distance.extend(rows_by_distance(results))
+    check(options)
+    scores = Scores()
+    for kind in KINDS:
+        for task in getattr(options, kind):
+            key = f"{kind}/{task}"
+            record = (done or {}).get(key)
+            if record is None:
+                record = _score(model, tokenizer, task, kind, options, seed, name, report).record
+                keep(key, record)
+            scores.rows.extend(record["accuracy"])
+            scores.by_distance.extend(record["by_distance"])
     return scores
 
 
-def rows_of(results: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Rows of lm-eval's results: a group that has a figure of its own stands for all its tasks."""
-    parts = results.get("group_subtasks", {})
-    covered = {
-        task
-        for group in parts
-        if _main_metric(results["results"].get(group, {}))
-        for task in _descendants(parts, group)
-    }
-    rows: list[dict[str, Any]] = []
-    for task, figures in results["results"].items():
-        metric = _main_metric(figures)
-        if metric is None or task in covered:  # a mere heading, or already in its group's figure
-            continue
-        leaves = [each for each in _descendants(parts, task) if not parts.get(each)] or [task]
-        count = sum(results["n-samples"][leaf]["effective"] for leaf in leaves)
-        name = _name(task) if kind == "generative" else task
-        rows.append(
-            {"task": name, "kind": kind, "metric": metric.split(",")[0], **_share(float(figures[metric]), count)}
+def _score(
+    model: Any, tokenizer: Any, task: str, kind: str, options: MeasureConfig, seed: int, name: str,
+    report: Callable[[str], None],
+) -> Scores:  # fmt: skip
+    """The scores of one task, group or tag."""
+    from lm_eval import evaluator
+
+    from eval.answers import Reasoning
+    from eval.lm import LM, Sampling
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        samples=options.samples if kind == "generative" else 1,
+        max_new_tokens=options.max_new_tokens,
+        seed=seed,
+        reasoning=Reasoning(options.reasoning_start, options.reasoning_end),
+    )
+    lm = LM(model, tokenizer, options.batch_size, sampling, name, report)
+    passes: list[dict[str, Any]] = []
+    with bars_on_a_terminal_only(), code_execution(options.allow_code_execution):
+        loaded = load_tasks(
+            task, kind, options.local_data, options.few_shot.get(task), getattr(tokenizer, "name_or_path", "")
         )
-    return rows
+        lm.whole = {leaf for leaf, each in loaded["tasks"].items() if _metadata(each).get("reads_reasoning")}
+        for lm.sample in range(sampling.samples):
+            found = evaluator.evaluate(
+                lm=lm,
+                task_dict=loaded,
+                limit=options.limit or None,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=tokenizer.chat_template is not None,
+                fewshot_as_multiturn=True,
+                confirm_run_unsafe_code=options.allow_code_execution,
+            )
+            assert found is not None
+            passes.append(found)
+    even = {group for group, each in loaded.get("groups", {}).items() if not _by_size(each)}
+    by_distance = rows_by_distance(passes) if kind == "generative" else []
+    return Scores(rows_of(passes, kind, lm.tally.of, even), by_distance)
 
 
-def rows_by_distance(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of task, distance, value, stderr, n, from the samples that lm-eval logged of its documents: of each
-    task whose documents carry a whole number ``distance``, by its own metric, in ascending order."""
-    rows: list[dict[str, Any]] = []
-    for task, samples in results.get("samples", {}).items():
-        metric, _, of = (_main_metric(results["results"].get(task, {})) or "").partition(",")
-        values: dict[int, list[float]] = {}
-        for sample in samples:
-            distance = sample["doc"].get("distance")
-            if metric in sample and sample["filter"] == of and isinstance(distance, int):
-                values.setdefault(distance, []).append(float(sample[metric]))
-        for distance, each in sorted(values.items()):
-            share = _share(sum(each) / len(each), len(each))
-            rows.append({"task": _name(task), "distance": distance, **share})
-    return rows
+def _metadata(task: Any) -> dict[str, Any]:
+    return task.config.metadata or {}
 
 
-def _name(task: str) -> str:
-    """How a generative task is called in a record: ``add`` for ``embedded_add``."""
-    return task.removeprefix("embedded_")
-
-
-def _share(value: float, count: int) -> dict[str, Any]:
-    """A fraction of ``count`` questions with its plain standard error (0 at 0 and at 1, whatever the count)."""
-    return {"value": value, "stderr": (value * (1 - value) / count) ** 0.5, "n": count}
-
-
-def _descendants(parts: dict[str, list[str]], task: str) -> list[str]:
-    """All tasks and groups below a group."""
-    return [each for child in parts.get(task, []) for each in (child, *_descendants(parts, child))]
-
-
-def _main_metric(figures: dict[str, Any]) -> str | None:
-    """The key of the task's own metric, in lm-eval's form ``metric,filter``."""
-    for wanted in ("exact_match", "acc_norm", "acc", "pass@1", "pass_at_1", "prompt_level_strict_acc"):
-        for key, value in figures.items():
-            if key.split(",")[0] == wanted and isinstance(value, (int, float)):
-                return str(key)
-    return None
+def _by_size(group: Any) -> bool:
+    """Whether lm-eval weights the tasks of a group by their questions."""
+    return all(metric.weight_by_size for metric in group.aggregate_metric_list or ())

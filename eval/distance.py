@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from distill.data.families import DISTANCES
-from eval.drawing import GRID, INK, MUTED, STAGE_RAMP, WIDE, styled
-from eval.pareto import Run
+from eval.drawing import GRID, INK, MUTED, STAGE_RAMP, WIDE, styled, tell
+from eval.runs import Run
 
 COLUMNS = ["stage", "name", "task", "distance", "value", "stderr", "n", "low", "high"]
 MOST = 16
@@ -103,7 +103,11 @@ def _draw(axes: Axes, table: pd.DataFrame, models: Sequence[str], x: float, cell
             corner, size = (x + 0.01, y + 0.01), (cell - 0.02, ROW - 0.02)
             if row and row["value"] < 1:
                 axes.add_patch(Rectangle(corner, *size, fc=LOST, alpha=0.1 + 0.55 * (1 - row["value"]), lw=0))
-            axes.add_patch(Rectangle(corner, *size, fc="none", ec=GRID, lw=0.6))
+            frame = axes.add_patch(Rectangle(corner, *size, fc="none", ec=GRID, lw=0.6))
+            if row:
+                told = f"{100 * row['value']:.1f} % of {row['n']:.0f}"
+                interval = f"95% interval {100 * row['low']:.0f} to {100 * row['high']:.0f}"
+                tell(frame, f"{model}, {row['task']}, distance {distance:.0f}: {told} ({interval})")
             apart = row and teacher and (row["high"] < teacher["low"] or row["low"] > teacher["high"])
             text, weight = f"{100 * row['value']:.0f}" if row else "-", "bold" if apart else "normal"
             axes.text(x + cell / 2, y + ROW / 2, text, fontsize=7, color=INK, weight=weight, **at)
@@ -122,7 +126,7 @@ def _pooled(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     first = {distance: distances[i - i % each] for i, distance in enumerate(distances)}
     sums = rows.assign(distance=rows["distance"].map(first), right=rows["value"] * rows["n"])
-    sums = sums.groupby(["name", "distance"], sort=False, as_index=False)[["right", "n"]].sum()
+    sums = sums.groupby(["name", "task", "distance"], sort=False, as_index=False)[["right", "n"]].sum()
     sums["value"] = sums["right"] / sums["n"]
     sums[["low", "high"]] = [wilson(value, n) for value, n in zip(sums["value"], sums["n"], strict=True)]
     return sums

@@ -36,13 +36,28 @@ MIXERS = {
 }
 SPARE_MIXERS = ("#b5543c", "#6f6bd0", "#4f8f3c", "#a8742a")
 STAGE_RAMP = ("#7566d2", "#ad52b8", "#d24f86", "#dc6250", "#d1832b")
+STEPS = {
+    "score": "#8b8420",
+    "place": "#4f8f3c",
+    "swap": "#b0588f",
+    "train": "#3577cc",
+    "merge": "#6f6bd0",
+    "measure": "#17877a",
+}
+RUNS = ("#3577cc", "#c8612d", "#17877a", "#ad52b8", "#8b8420", "#b0588f", "#6f6bd0", "#4f8f3c")
+EXTERNAL = "measured elsewhere"
+"""The run that models of a CSV are said to belong to."""
 BYTES = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "bytes": 1.0}
+
+TOLD = "value:"
+"""Before the text of an artist that `tell` was called for, where SVG has its id."""
 
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
     "text.parse_math": False,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
@@ -95,6 +110,17 @@ def model_colours(models: Iterable[str]) -> dict[str, str]:
     return {"teacher": INK} | {model: to_hex(ramp(stages.index(of) / last)) for model, of in hybrids.items()}
 
 
+def run_colours(runs: Sequence[str]) -> dict[str, str]:
+    """Run -> colour, in the order given; models measured elsewhere are grey."""
+    own = [run for run in runs if run != EXTERNAL]
+    return {run: RUNS[i % len(RUNS)] for i, run in enumerate(own)} | {EXTERNAL: MIXERS["attention"]}
+
+
+def tell(artist: Artist, text: str) -> None:
+    """Say what ``artist`` stands for: `svg` gives it that as a title, which the page shows on hover."""
+    artist.set_gid(TOLD + " ".join(text.split()))
+
+
 def stage_of(model: str) -> str:
     """The stage behind a name: ``H1-5/10`` of ``H1-5/10-SFT``, and of itself."""
     return re.sub(r"-[A-Z]+$", "", model)
@@ -106,13 +132,18 @@ def marker(model: str) -> str:
 
 
 @styled
-def svg(figure: Figure, name: str) -> str:
-    """`figure` as inline SVG: no background, the page's fonts and ink, its own ids (by `name`), no date."""
+def svg_file(figure: Figure) -> str:
+    """`figure` as an SVG file on white, each value that was told as a title; no date."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<style type="text/css">.*?</style>', "", text, flags=re.DOTALL)
+    figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    return re.sub(rf"""<g id=(["']){TOLD}(.*?)\1>""", r'<g class="value"><title>\2</title>', text)
+
+
+def inline(text: str, name: str) -> str:
+    """An SVG file made part of a page: no background, the page's fonts and ink, its own ids (by `name`)."""
+    text = re.sub(r'<style type="text/css">.*?</style>', "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour, variable in {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}.items():
         text = text.replace(colour, f"var(--{variable}, {colour})")
@@ -128,7 +159,9 @@ def png(figure: Figure) -> bytes:
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
-    columns = max(1, int(width / 1.4))
+    """A legend above the axes, in as many columns as the widest label leaves room for."""
+    widest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int((width - 0.3) / (0.55 + 0.075 * widest))))
     if figure.get_layout_engine() is None:
         figure.legend(handles=handles, loc="upper left", ncols=columns, borderaxespad=0.2, columnspacing=1.6)
     else:
@@ -136,9 +169,9 @@ def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
 
 
 def label_points(
-    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, float, str]], stairs: Sequence[Any]
+    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, float, str, str]], stairs: Sequence[Any]
 ) -> None:
-    """Write each (x, y, error, text) beside its point, clear of labels, points, bars, stairs and axes."""
+    """Write each (x, y, error, text, colour) beside its point, clear of labels, points, bars, stairs and axes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     canvas: Any = FigureCanvasAgg(figure)
@@ -146,7 +179,7 @@ def label_points(
     inside = axes.get_window_extent(renderer)
     place = axes.transData.transform
     taken = []
-    for x, y, error, _ in labels:
+    for x, y, error, *_ in labels:
         (px, low), (_, middle), (_, high) = place([(x, y - error), (x, y), (x, y + error)])
         taken.append(Bbox.from_extents(px - 5, low - 2, px + 5, high + 2))
         taken.append(Bbox.from_extents(px - 8, middle - 8, px + 8, middle + 8))
@@ -156,8 +189,8 @@ def label_points(
         taken.append(Bbox.from_extents(x0, y1 - 1, x1, y1 + 1))
     sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
     align = {1: ("left", "bottom"), 0: ("center", "center"), -1: ("right", "top")}
-    for x, y, _, text in labels:
-        note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, zorder=4)
+    for x, y, _, text, colour in labels:
+        note = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, zorder=4, color=colour)
         note.set_linespacing(1.25)
         choices = []
         for reach in (10, 13, 16, 21, 27, 35, 45, 60, 80):

@@ -24,10 +24,13 @@ VERBS = {
     "swap": "stages.swap",
     "train": "stages.train",
     "measure": "stages.measure",
+    "bench": "stages.bench",
     "report": "stages.report",
     "sft": "stages.sft",
     "merge": "stages.merge",
     "package": "stages.package",
+    "export": "stages.export",
+    "import": "stages.import_native",
     "submit": "stages.submit",
     "pretrain": "stages.pretrain",
     "traces": "stages.traces",
@@ -83,6 +86,18 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
 
 
+def measure_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill measure``."""
+    parser.add_argument(
+        "target", nargs="+", metavar="CONFIG|RUN|CHECKPOINT...", help="what to measure (see above), and key=value"
+    )
+    parser.add_argument("--stage", help="of a RUN: H1-5, or its number; by default the first not done")
+    parser.add_argument("--config", metavar="CONFIG|RUN", help="of CHECKPOINTs: whose tasks (default: embedded)")
+    parser.add_argument("--output", metavar="FILE", help="of CHECKPOINTs: where the records go, as JSON")
+    parser.add_argument("--force", action="store_true", help="redo what was made with other inputs, and what follows")
+    parser.set_defaults(overrides=[])
+
+
 def package_options(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``distill package``."""
     parser.add_argument("target", metavar="CHECKPOINT|RUN", help="a folder with config.json, a stage's, or a run's")
@@ -91,10 +106,69 @@ def package_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--code", action="store_true", help="with the Python code that trust_remote_code=True runs")
 
 
+def export_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill export``."""
+    parser.add_argument("target", nargs="?", metavar="CHECKPOINT|RUN", help="a folder with config.json, or a run's")
+    parser.add_argument("--to", metavar="FORM", help="hf-native")
+    parser.add_argument("--stage", help="of a RUN: H1-5, H1-5-SFT, or its number; by default the last distilled")
+    parser.add_argument("--output", help="the folder to write; it must not exist")
+    parser.add_argument("--table", action="store_true", help="show what can be exported to what, and why not")
+
+
+def import_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill import``."""
+    parser.add_argument("target", metavar="FOLDER", help="a GraniteMoeHybrid folder")
+    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+
+
+def bench_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``distill bench``."""
+    add = parser.add_argument
+    add("targets", nargs="*", metavar="CHECKPOINT|RUN", help="what to measure")
+    add("--shape", metavar="CONFIG", default="", help="in their place: random weights, or a prediction, of its teacher")
+    add(
+        "--h",
+        default="0",
+        metavar="H,H",
+        help="of --shape: replaced blocks of each hybrid (default: the teacher alone)",
+    )
+    add("--mixers", default="mamba1,mamba2", metavar="M,M", help="of --shape: their mixers (default: %(default)s)")
+    add("--device", default="", help="of --shape: predict for this one (h100, a100, ...; this: as measured here)")
+    add("--backend", default="hf", help="hf (our decode loop) or vllm (default: %(default)s)")
+    add("--batches", default="1,32", metavar="B,B", help="sequences at a time (default: %(default)s)")
+    add("--contexts", default="256,1024,4096", metavar="T,T", help="tokens in the cache (default: %(default)s)")
+    add("--output-tokens", type=int, default=16384, metavar="N", help="N of 1 in, N out (default: %(default)s)")
+    add("--full", action="store_true", help="run the N tokens to the end, in place of integrating step times")
+    add("--memory-gb", type=float, default=0.0, metavar="GB", help="what each gets its largest batch within")
+    add(
+        "--prefill-tokens", type=int, default=4096, metavar="T", help="largest prefill, batch x context (default: 4096)"
+    )
+    add("--lengths", default="4096,16384,65536,131072", metavar="T,T", help="for memory (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="R", help="(default: %(default)s)")
+    add("--dtype", default="", help="float32 or bfloat16 (default: bfloat16 on a GPU)")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one a core)")
+    add("--output", default="", metavar="FILE", help="where the JSON record goes (default: the last line of output)")
+
+
+def report_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill report``."""
+    parser.add_argument("targets", metavar="CONFIG|RUN", nargs="+", help="one run or several; key=value may follow one")
+    parser.add_argument("--external", metavar="CSV", help="models measured elsewhere: name, accuracy, ratio, ...")
+    parser.add_argument(
+        "--budget", type=float, default=0.95, metavar="SHARE", help="of the teacher's accuracy, to keep (default: 0.95)"
+    )
+    parser.add_argument("--output", metavar="DIR", help="where to write (default: report/ in the run)")
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "traces": traces_options,
     "merge": merge_options,
     "package": package_options,
+    "export": export_options,
+    "import": import_options,
+    "bench": bench_options,
+    "measure": measure_options,
+    "report": report_options,
 }
 """Verbs with options of their own in place of a target and key=value."""
 
@@ -129,11 +203,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         sub.add_argument(
             "overrides", metavar="key=value", nargs="*", default=[], help="config values set over the file's"
         )
-        if verb in ("score", "place", "swap", "train", "measure"):
+        if verb in ("score", "place", "swap", "train"):
             sub.add_argument("--stage", help="H1-5, or its number; by default the first not done")
         if verb == "sft":
             sub.add_argument("--stage", help="H1-5, or its number; by default the last one that is distilled")
-        if verb in ("run", "score", "place", "swap", "train", "measure", "sft"):
+        if verb in ("run", "score", "place", "swap", "train", "sft"):
             sub.add_argument(
                 "--force", action="store_true", help="redo what was made with other inputs, and what follows"
             )
@@ -150,6 +224,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not argv[0].startswith("-") and argv[0] not in VERBS:
         parser.error(f"unknown verb '{argv[0]}'{_nearest(argv[0], VERBS)}; verbs: {', '.join(VERBS)}")
     args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "targets"):  # they may stand after an option, too
+        args.targets += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
     for text in rest:
         if not hasattr(args, "overrides") or "=" not in text or text.startswith("-"):
             sub = verbs[args.verb]
@@ -207,7 +284,7 @@ def attempt(args: argparse.Namespace) -> int:
 def perform(args: argparse.Namespace) -> int:
     """Do what was asked; imports come here, because they take seconds."""
     quiet()
-    from distill import distributed, interrupt, lock
+    from distill import distributed, interrupt, lock, tracking
     from distill.storage import full_disk_named
 
     try:
@@ -217,6 +294,7 @@ def perform(args: argparse.Namespace) -> int:
             return int(importlib.import_module(VERBS[args.verb]).main(args))
     finally:
         lock.release()
+        tracking.end()
 
 
 def end_job(code: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from distill import distributed
+from distill import distributed, tracking
 from distill.config import VERSION, RunConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data
@@ -25,7 +25,8 @@ from distill.schedule import Stage
 from distill.storage import full_disk_named
 from distill.teacher import check_files, check_tokenizer, load_tokenizer, trust_code
 from distill.teacher import load_config as load_model_config
-from eval.accuracy import check_tasks
+from eval import accuracy
+from eval.suites import check_tasks
 from stages.context import Context, need
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
@@ -77,13 +78,15 @@ def open_run(
     for block in (*named, *config.mixer.blocks):  # the mixers' options fit the teacher's shape
         hybrid_config(model, replace(attention, [block], config.mixer.of), config.mixer)
     if write:
+        tracking.check(config.tracking.wandb)
         check_device(config)
         check_files(config.teacher)
         sources = [entry.source for entry in config.data.mixture] or [config.data.source]
         check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
         check_data(config.data, lambda: load_tokenizer(config.teacher))
-        tasks = [config.score.loo.task, *config.measure.generative, *config.measure.multiple_choice]
-        check_tasks(tasks, allow_code=config.measure.allow_code_execution)
+        accuracy.check(config.measure)
+        check_tasks([config.score.loo.task], "multiple_choice", allow_code=config.measure.allow_code_execution)
+        accuracy.check_data([(config.score.loo.task, "multiple_choice")], config.measure.local_data)
         window = getattr(model, "max_position_embeddings", None) or float("inf")
         if config.measure.max_new_tokens >= window:
             raise UserError(
@@ -102,6 +105,7 @@ def open_run(
         try:
             context.run_dir.mkdir(parents=True, exist_ok=True)
             hold(context.run_dir / "run.lock", str(context.run_dir))
+            tracking.begin(context.run_dir, config.name, config.tracking.wandb)
             check_finished(context, more, force=force)
             for line in unrecorded(stages):
                 say(f"warning: {line}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,19 @@ LATER = (
     "learning_rates", "freeze", "on_bad_loss", "spike",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
+LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_start", "reasoning_end")
+"""The same of ``measure`` and ``score.loo``."""
 
 
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
 
 
-def inputs_of(part: Any) -> dict[str, Any]:
-    """A part of the config for fingerprints, without the keys in ``LATER`` that have their defaults: what an earlier
+def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
+    """A part of the config for fingerprints, without the keys in ``later`` that have their defaults: what an earlier
     version finished still counts."""
     usual, kept = vars(type(part)()), asdict(part)
-    for key in LATER:
+    for key in later:
         if key in kept and kept[key] == usual[key]:
             del kept[key]
     if "mixture" in kept:
@@ -135,7 +138,7 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            score = {"scorer": stage.scorer, **asdict(getattr(config.score, stage.scorer))}
+            score = {"scorer": stage.scorer, **inputs_of(getattr(config.score, stage.scorer), LATER_MEASURED)}
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
@@ -202,8 +205,11 @@ class Context:
         return {"threads": self.threads, "kernels": self.config.kernels}
 
     def measured(self) -> dict[str, Any]:
-        """What of the config decides what is measured (consent to run code changes no figure)."""
-        return {key: value for key, value in asdict(self.config.measure).items() if key != "allow_code_execution"}
+        """What of the config decides what is measured (consent to run code and where copies lie change no figure)."""
+        unread = ("allow_code_execution", "local_data")
+        return {
+            key: value for key, value in inputs_of(self.config.measure, LATER_MEASURED).items() if key not in unread
+        }
 
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""

@@ -25,6 +25,7 @@ KNOBS = {
     "sft": TRAINING.format("sft"),
     "pretrain": TRAINING.format("train"),
     "measure": "lower measure.batch_size, measure.throughput.batches or measure.throughput.contexts",
+    "bench": "lower --batches, --contexts or --output-tokens",
     "traces": "lower --batch-size or --max-new-tokens",
     "swap": "set dtype=bfloat16",
 }

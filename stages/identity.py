@@ -10,8 +10,9 @@ from typing import Any
 from distill.config import DataConfig, Origin
 from distill.data.mixture import label
 from distill.data.sources import EMBEDDED, files, hub_revision, is_hub
+from distill.errors import UserError
 from distill.records import fingerprint
-from distill.teacher import resolve
+from distill.teacher import PROBE, load_tokenizer, resolve
 
 
 def content(path: Path, blocks: int = 64) -> str:
@@ -38,6 +39,25 @@ def identity(name: str, config: Any) -> str:
     files = [path for kind in ("*.safetensors", "*.json", "*.jinja", "*.model") for path in folder.glob(kind)]
     skipped = ("config.json", "model.safetensors.index.json", "scores.json")
     return fingerprint([keys, [[path.name, content(path)] for path in sorted(files) if path.name not in skipped]])
+
+
+def check_same_tokenizer(name: str, teacher: str) -> None:
+    """Raise UserError where a model of the teacher's has a tokenizer of its own that reads texts otherwise: the two
+    could not be compared, nor could either be distilled from the other."""
+    folder = Path(resolve(name))
+    if not (folder / "tokenizer.json").is_file():  # it is asked in the teacher's
+        return
+    ours, theirs = load_tokenizer(name), load_tokenizer(teacher)
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    apart = [token for token in {*mine, *other} if mine.get(token) != other.get(token)]
+    if apart or ours.encode(PROBE) != theirs.encode(PROBE):
+        which = (
+            f"{len(apart)} tokens differ, such as {min(apart)!r}" if apart else "it cuts the same text in other tokens"
+        )
+        raise UserError(
+            f"the tokenizer of '{name}' is not the teacher's ('{teacher}'): {which}. Both must be of one teacher: take "
+            "the checkpoint's own teacher, or remove the tokenizer that was put into its folder"
+        )
 
 
 def data_identity(data: DataConfig) -> str | dict[str, str]:

@@ -19,6 +19,7 @@ from distill.records import read_json
 from distill.schedule import Stage, build_schedule
 from distill.teacher import check_files
 from distill.teacher import load_config as load_model_config
+from stages.identity import check_same_tokenizer
 
 SHAPE = (
     "vocab_size",
@@ -68,6 +69,7 @@ def _check_hybrid(config: RunConfig, stage: Stage, teacher: Any) -> None:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{where}: the folder holds no weights (*.safetensors)")
     check_files(str(folder))
+    check_same_tokenizer(str(folder), config.teacher)
     recorded(folder)
 
 

@@ -1,41 +1,71 @@
-"""Measure accuracy and decode throughput, teacher and hybrid side by side in one run.
+"""Measure accuracy and throughput, teacher and hybrid side by side in one run; or the accuracy of any checkpoint.
 
     distill measure demo          (or: distill measure runs/demo --stage H1-5)
+    distill measure embedded runs/demo/stages/01-H1-5 measure.limit=20 --output accuracy.json
 
-CONFIG or RUN. Accuracy through lm-eval (generative and multiple choice); throughput as batch * N / sum of step
-times, both models with preallocated in-place caches. Writes ``measure/measure.json``, and the teacher's once.
+CONFIG or RUN: one stage of a run, accuracy through lm-eval (generative and multiple choice), throughput as batch * N /
+sum of step times. Writes ``measure/measure.json``, and the teacher's once. Interrupted, it goes on with the next task.
+
+CHECKPOINT...: one or several models, each a folder with config.json, a stage's folder, a hub name or ``embedded``,
+scored with the tasks of ``--config`` (or the defaults) and what key=value sets, as in
+measure.generative=[gsm8k,math500]. Prints a table and writes the records to ``--output``. Accuracy alone: 'distill
+bench' measures speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distill.errors import UserError
 from distill.mixers import set_kernels
-from distill.records import read_record, write_json
+from distill.records import read_json, read_record, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
-from eval import accuracy, throughput
+from eval import accuracy, serving, throughput
+from stages import checkpoints
 from stages.common import begin, say, stage_main
 from stages.context import Context, need
+from stages.identity import check_same_tokenizer
 from stages.lineage import lineage_tokens
+from stages.targets import is_run
+
+DONE = "tasks"
+"""Folder of what is scored already, a record a task, in the step that is under way."""
 
 
 def main(args: argparse.Namespace) -> int:
+    given = [text for text in args.target if not re.match(r"[A-Za-z_][\w.-]*=", text) or Path(text).exists()]
+    args.overrides = [*(text for text in args.target if text not in given), *args.overrides]
+    runs = [text for text in given if is_run(text)]
+    if not given:
+        raise UserError("name what to measure: a CONFIG or RUN, or one or several CHECKPOINTs")
+    if not runs:
+        return checkpoints.main(given, args)
+    if len(given) > 1:
+        raise UserError(f"'{runs[0]}' is a CONFIG or RUN, of which one is measured at a time; several are CHECKPOINTs")
+    if args.config or args.output:
+        option = "--config" if args.config else "--output"
+        raise UserError(f"{option} goes with CHECKPOINTs; '{runs[0]}' is a CONFIG or RUN, which has its own")
+    args.target = runs[0]
     return stage_main(args, "measure", run_stage)
 
 
 def run_teacher(context: Context) -> bool:
     """Measure the teacher once a run; returns whether there was anything to do."""
-    return context.steps()[0].perform(lambda folder: measure_teacher(context, folder))
+    step = context.steps()[0]
+    return step.perform(lambda folder: measure_teacher(context, folder), resumable=True, scratch=(DONE,))
 
 
 def run_stage(context: Context, stage: Stage) -> bool:
     """Measure the hybrid of one stage; returns whether there was anything to do."""
     need(context.checkpoint(stage), "train")
     run_teacher(context)
-    return context.step(stage, "measure").perform(lambda folder: measure(context, stage, folder))
+    step = context.step(stage, "measure")
+    return step.perform(lambda folder: measure(context, stage, folder), resumable=True, scratch=(DONE,))
 
 
 def measure_teacher(context: Context, folder: Path) -> None:
@@ -48,7 +78,8 @@ def measure_teacher(context: Context, folder: Path) -> None:
         "tokens": 0,
         "minutes": 0.0,
     }
-    write_json(folder / "measure.json", {**record, **figures(context, {"teacher": model})})
+    found = figures(context, {"teacher": model}, context.config.teacher, folder)
+    write_json(folder / "measure.json", {**record, **found})
 
 
 def measure(context: Context, stage: Stage, folder: Path) -> None:
@@ -65,33 +96,47 @@ def measure_hybrid(
 ) -> None:
     """Measure a model with the placement of ``stage`` beside the teacher; ``spent`` is what it cost."""
     say(f"{name}: measuring accuracy and throughput")
+    check_same_tokenizer(str(checkpoint), context.config.teacher)
     teacher = load_model(context.config.teacher, context.config.dtype)
     model = load_model(str(checkpoint), context.config.dtype)
     set_kernels(model, context.config.kernels)
     record = {"name": name, "replaced": stage.replaced, "num_blocks": stage.num_blocks, **spent}
-    write_json(folder / "measure.json", {**record, **figures(context, {"teacher": teacher, name: model})})
+    found = figures(context, {"teacher": teacher, name: model}, str(checkpoint), folder)
+    write_json(folder / "measure.json", {**record, **found})
 
 
-def figures(context: Context, models: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy of the last of ``models``, and throughput of all of them in turns."""
+def figures(context: Context, models: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:
+    """Accuracy of the last of ``models``, which came from ``checkpoint``, and throughput of all of them in turns. What
+    is scored is kept in ``folder`` task by task."""
     options = context.config.measure
     name, model = list(models.items())[-1]
+    done = folder / DONE
+    done.mkdir(exist_ok=True)
     scores = accuracy.evaluate(
         model,
         load_tokenizer(context.config.teacher),
-        options.generative,
-        options.multiple_choice,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        max_new_tokens=options.max_new_tokens,
-        allow_code=options.allow_code_execution,
+        options,
+        seed=context.config.seed,
+        name=f"{name} ({checkpoint})",
+        report=say,
+        done={str(path.relative_to(done).with_suffix("")): read_json(path) for path in done.glob("*/*.json")},
+        keep=lambda task, record: keep(done / f"{task}.json", record),
     )
     for line in scores.lines():
         say(line)
-    speeds = throughput.measure(models, options.throughput, lambda line: say(f"  {line}"))
+    report = lambda line: say(f"  {line}")  # noqa: E731
+    speeds = throughput.measure(models, options.throughput, report)
+    fewer = replace(options.throughput, repeats=min(options.throughput.repeats, 3))  # beside the headline
     return {
         "parameters": model.num_parameters(),
         **scores.record,
         "throughput": speeds,
         "headline": throughput.headline(speeds, "teacher", name, options.throughput),
+        "serving": serving.details(models, speeds, fewer, report),
     }
+
+
+def keep(file: Path, record: dict[str, Any]) -> None:
+    """Write what a task scored, so that it is not scored again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)

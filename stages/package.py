@@ -25,7 +25,7 @@ from distill.hub.package import package
 from distill.placement import parse_name
 from distill.posttrain.merge import checkpoint_folder
 from distill.records import read_json
-from eval.pareto import Run, Stage, read_run
+from eval.runs import Run, Stage, read_run
 from stages.common import say
 from stages.targets import read_config
 

@@ -31,6 +31,8 @@ from distill.placement import replace
 from distill.schedule import Stage
 from distill.teacher import load_config as load_model_config
 from distill.teacher import load_tokenizer, trust_code
+from eval.machine import DEVICES, Machine
+from eval.roofline import pays_from
 from stages.common import say
 from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.targets import read_config
@@ -206,7 +208,16 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         *memory_lines(config, teacher, placement, workers),
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
-    return lines
+    return [*lines, pays_line(config, teacher)]
+
+
+def pays_line(config: RunConfig, teacher: Any) -> str:
+    """From which context on a replaced block decodes faster, on the roofline of the device that serves."""
+    width, machine = (2, DEVICES["h100"]) if config.dtype == "bfloat16" else (4, Machine.measure())
+    batches = config.measure.throughput.batches
+    found = pays_from(teacher, config.mixer.name, config.mixer, machine, batches, width)
+    where = ", ".join(f"{'none' if at is None else f'{at:,}'} at batch {batch}" for batch, at in found.items())
+    return f"decoding  a block is faster with {config.mixer.name} from context {where} on ({machine.name}, roofline)"
 
 
 def data_lines(config: RunConfig) -> list[str]:

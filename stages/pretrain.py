@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from distill.config import PretrainConfig
+from distill.config import MeasureConfig, PretrainConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data, load_data
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
@@ -31,6 +31,7 @@ from distill.teacher import check_files, load_model, load_tokenizer
 from distill.teacher import load_config as load_model_config
 from distill.trainer import LanguageTrainer, fit, training_arguments
 from eval import accuracy
+from eval.scores import Scores
 from eval.wellformed import problem
 from stages.common import say, set_threads
 from stages.targets import check_pretrain, config_path
@@ -110,15 +111,15 @@ def train(config: PretrainConfig, output: Path) -> None:
     say(f"wrote {output}")
 
 
-def score(output: Path) -> accuracy.Scores:
+def score(output: Path) -> Scores:
     """The held-out scores of the model in ``output``: from ``scores.json``, or measured and written there."""
     path = output / "scores.json"
     if not path.is_file():
         model, tokenizer = load_model(str(output)), load_tokenizer(str(output))
-        scores = accuracy.evaluate(model, tokenizer, ["embedded_generative"], ["embedded_choice"], batch_size=100)
+        scores = accuracy.evaluate(model, tokenizer, MeasureConfig(batch_size=100))
         write_json(path, scores.record)
     record: Any = read_json(path)
     known = isinstance(record, dict) and record.keys() == {"accuracy", "by_distance"}
     if not known or problem("measure", {**record, "throughput": []}):
         raise UserError(f"{path} is in another form: remove it, and the same command measures again")
-    return accuracy.Scores(record["accuracy"], record["by_distance"])
+    return Scores(record["accuracy"], record["by_distance"])

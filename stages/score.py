@@ -55,7 +55,14 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
         rows = context.rows(tokenizer, options.mmr.steps * config.train.batch_size, seed)
         heldout = context.rows(tokenizer, -(-options.mmr.heldout_tokens // length), HELD_OUT_SEED, held_out=True)
     else:
-        metric = prepare(options.loo.task, tokenizer, model, options.loo.questions).compare
+        metric = prepare(
+            options.loo.task,
+            tokenizer,
+            model,
+            options.loo.questions,
+            few_shot=None if options.loo.few_shot < 0 else options.loo.few_shot,
+            local_data=config.measure.local_data,
+        ).compare
 
     def report(block: int, row: dict[str, float]) -> None:
         figures = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key not in ("block", "score"))

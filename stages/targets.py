@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from distill.config import DataConfig, Origin, PretrainConfig, RunConfig, SftConfig
-from distill.config_merge import load_config
+from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
@@ -22,12 +22,13 @@ from distill.engine import ENGINES
 from distill.errors import UserError, brief, choose, nearest
 from distill.groups import check_groups
 from distill.guards import check_guards
+from distill.hybrid.config import mixer_options
 from distill.importance import available as scores
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import LOSSES
 from distill.mixers import available as mixers
-from distill.mixers import mixer_class
+from distill.mixers import check_used, mixer_class
 from distill.ops.kernels import CHOICES, DEVICES, check_kernel
 from distill.teacher import DTYPES, check_shape
 
@@ -37,7 +38,9 @@ LOWEST: dict[str, float] = {
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
     r"train\.(steps_by_stage|keep_steps)\[.*": ABOVE_0,
     r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
-    r"measure\.throughput\.(repeats|batches.*|contexts.*)": ABOVE_0,
+    r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
+    r"measure\.(samples|top_p)": ABOVE_0,
+    r"score\.loo\.few_shot": -1,
     r"slurm\.(nodes|cpus_per_task)|train\.keep_checkpoints|engine\.timeout": ABOVE_0,
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
@@ -88,6 +91,23 @@ def read_config(target: str, overrides: list[str]) -> RunConfig:
     return config
 
 
+def default_config(overrides: list[str]) -> RunConfig:
+    """The checked config that ``key=value`` alone make of the defaults."""
+    config = merge_config(RunConfig, [], overrides)
+    check(config)
+    return config
+
+
+def is_run(target: str) -> bool:
+    """Whether a verb's target names a CONFIG or RUN, rather than a CHECKPOINT."""
+    path = Path(target).expanduser()
+    return (
+        (path / "run.yaml").is_file()
+        or path.suffix in (".yaml", ".yml")
+        or (target in shipped_configs() and not (path / "config.json").is_file())
+    )
+
+
 def check(config: RunConfig) -> None:
     """Raise UserError for values that no step could work with."""
     _check_texts(config)
@@ -99,6 +119,7 @@ def check(config: RunConfig) -> None:
     choose("mixer.name", config.mixer.name, mixers())
     for block, mixer in config.mixer.blocks.items():
         choose(f"mixer.blocks.{block}", mixer, mixers())
+    check_used({config.mixer.name, *config.mixer.blocks.values()}, mixer_options(config.mixer))
     _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
     for name in (config.score.first, config.score.later):

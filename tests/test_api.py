@@ -109,6 +109,8 @@ def test_a_hybrid_grows(llama: Any) -> None:
         ([1], {"dstate": 8}, r"unknown option 'dstate' \(did you mean 'd_state'\?\)"),
         ([1], {"d_state": "many"}, "d_state: .*expected a whole number"),
         ([1], {"d_state": 24}, "must divide head_dim=32"),
+        ([1], {"mixer": "mamba2", "d_state": 8}, "mixer.d_state=8 does nothing with mamba2: its state is as wide"),
+        ([1], {"seed": "a"}, "seed='a' must be a whole number"),
         ([1], {"name": "mamba1"}, "unknown option 'name'"),
         ([1], {"blocks": {2: "mamba2"}}, "unknown option 'blocks'"),
     ],
@@ -194,7 +196,10 @@ def test_mmr_scores_by_a_short_distillation(llama: Any, tokenizer: Any) -> None:
         ({"questions": 1.5}, "questions=1.5 must be a whole number"),
         ({"data": None}, "data is a NoneType"),
         ({"method": "mmr", "heldout_tokens": 0}, "held-out rows=0 must be above 0"),
-        ({"questions": -1}, "questions=-1 must be at least 0"),
+        ({"questions": -1}, "questions=-1 must be a whole number, at least 0"),
+        ({"steps": 3}, "loo takes no 'steps'"),
+        ({"method": "mmr", "questions": 5}, "mmr takes no 'questions'"),
+        ({"method": "mmr", "seed": "a"}, "seed='a' must be a whole number"),
         ({"data": []}, "no questions"),
         ({"data": [{"prompt": "a", "choices": ["b"], "gold": 0}]}, "at least two texts"),
         ({"data": [{"prompt": "a", "choices": ["b", "c"], "gold": 2}]}, "gold=2: expected which of the 2 choices"),
@@ -259,6 +264,8 @@ def test_train_distils_in_place(llama: Any, tokenizer: Any) -> None:
         ({"eval_rows": 0}, "held-out rows=0 must be above 0"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
         ({"steps": 1.5}, "steps=1.5 must be a whole number"),
+        ({"seed": "a"}, "seed='a' must be a whole number"),
+        ({"seed": -1}, "seed=-1 must be a whole number, at least 0"),
     ],
 )
 def test_a_training_that_cannot_be(llama: Any, tokenizer: Any, options: dict[str, Any], message: str) -> None:
@@ -284,6 +291,11 @@ def test_what_is_no_model_is_refused(make_llama: Callable[..., Any], tokenizer: 
             distill.hybridize(given, [1])
     with pytest.raises(UserError, match="model is a str"):
         distill.score("embedded", tokenizer)
+    for given in (None, "embedded"):
+        with pytest.raises(UserError, match=f"tokenizer is a {type(given).__name__}: give that of the model"):
+            distill.score(llama, given)
+        with pytest.raises(UserError, match=f"tokenizer is a {type(given).__name__}: give that of the model"):
+            distill.train(hybrid, llama, given)
     with pytest.raises(UserError, match="teacher is a str"):
         distill.train(hybrid, "embedded", tokenizer)
     with pytest.raises(UserError, match="student is a llama, no hybrid"):

@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("distill", "eval", "stages")
 STAGES = (
-    "pretrain traces show plan score place swap train measure sft merge package bench report export quantize status "
-    "cancel"
+    "pretrain traces show plan score place swap train measure sft merge package bench report quantize status cancel"
 )
 
 # Lowest floor first. A name stands for a module; "name.*" for everything below it.
@@ -35,6 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.progress",
         "distill.universal",
         "distill.lock",
+        "distill.machine",
+        "distill.tracking",
         "distill.weights",
     ),  # F0
     (
@@ -64,22 +65,57 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.posttrain.*",
         "distill.hub",
         "distill.hub.*",
+        "distill.export",
+        "distill.export.*",
         "distill.scoring",
         "distill.api",
         "distill",
     ),
-    ("eval", "eval.backends", "eval.backends.*", "eval.wellformed"),
+    (
+        "eval",
+        "eval.backends",
+        "eval.backends.*",
+        "eval.wellformed",
+        "eval.machine",
+        "eval.roofline",
+        "eval.answers",
+        "eval.decoding",
+        "eval.lm",
+        "eval.local_data",
+        "eval.scores",
+        "eval.suites",
+    ),
     (
         "eval.accuracy",
         "eval.loglikelihood",
         "eval.throughput",
+        "eval.serving",
+        "eval.shapes",
+        "eval.runs",
         "eval.pareto",
+        "eval.frames",
+        "eval.provenance",
+        "eval.external",
         "eval.drawing",
         "eval.page",
+        "eval.words",
+        "eval.captions",
+        "eval.speeds",
         "eval.tasks",
         "eval.tasks.*",
     ),  # F8
-    ("eval.figures", "eval.distance", "eval.report"),
+    (
+        "eval.figures",
+        "eval.figures.*",
+        "eval.distance",
+        "eval.tables",
+        "eval.plots",
+        "eval.summary",
+        "eval.markdown",
+        "eval.pages",
+        "eval.compare",
+        "eval.report",
+    ),
     (
         "stages",
         "stages.common",
@@ -89,9 +125,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.lineage",
         "stages.ranks",
         "stages.targets",
+        "stages.checkpoints",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
-    ("stages.submit",),
+    ("stages.submit", "stages.export", "stages.import_native"),
     ("stages.pipeline",),  # F11
     ("stages.cli",),
 )

@@ -28,8 +28,12 @@ from distill.teacher import check_files, load_tokenizer
 from distill.teacher import load_config as load_model_config
 from distill.weights import headers
 from eval import distance
-from eval.pareto import loss_frame, read_run, stage_frame, throughput_frame
-from eval.report import missing, summary, table
+from eval.frames import importance_frame, loss_frame, stage_frame, task_frame
+from eval.provenance import commands, cost_frame, provenance_frame
+from eval.report import table
+from eval.runs import read_run
+from eval.speeds import machine, memory_frame, pays_from, prefill_frame, protocol_frame, throughput_frame
+from eval.summary import missing, summary
 from stages.lineage import recorded
 from stages.targets import check, check_pretrain
 
@@ -170,6 +174,20 @@ RECORDS = {
             "state_bytes": 0,
         }],
         "headline": {"tokens_per_second": 5.0, "teacher_tokens_per_second": 4.0, "batch": 1, "output_tokens": 16},
+        "serving": {
+            "machine": {"name": "x", "copy_bytes_per_second": 1.0},
+            "one_in_n_out": [{
+                "model": "H1-1/2", "protocol": "equal_batch", "batch": 1, "output_tokens": 16, "how": "full",
+                "tokens_per_second": 5.0, "tokens_per_second_low": 4.0, "ratio": 1.25,
+            }],
+            "prefill": [{"model": "teacher", "batch": 1, "tokens": 16, "seconds": 0.1}],
+            "memory": [{"model": "teacher", "batch": 1, "tokens": 16, "total_bytes": 9, "measured": True}],
+            "pays_from": {"mamba1": {"1": 16}},
+        },
+    },
+    "stages/01-H1-5/measure/step.json": {
+        "fingerprint": "0", "seconds": 1.0, "inputs": {"teacher": "0", "measure": {"limit": 0}},
+        "provenance": {"host": "x", "packages": {"torch": "2"}, "device": "x", "command": "distill run x"},
     },
     "stages/01-H1-5/train/log.jsonl": {"step": 1, "loss": 0.5, "tokens": 8, "eval_loss": 0.5},
 }  # fmt: skip
@@ -207,6 +225,8 @@ def test_a_report_of_any_records(amount: int, tmp_path: Path) -> None:
             run = read_run(tmp_path)
             frame = stage_frame(run)
             loss_frame(run), throughput_frame(run), distance.distance_frame(run)
+            task_frame(run), importance_frame(run), cost_frame(run), provenance_frame(run), commands(run)
+            memory_frame(run), protocol_frame(run), prefill_frame(run), pays_from(run), machine(run)
             missing(run), summary(run, frame), table(tmp_path)
         finally:
             (tmp_path / file).write_text(json.dumps(RECORDS[file]) + "\n" + "{}\n" * file.endswith("l"))

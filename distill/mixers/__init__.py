@@ -5,7 +5,8 @@ A mixer is an ``nn.Module`` named ``Mixer`` with
 ``forward(hidden_states [B, T, E], past_key_values, document_starts [B, T]) -> (output [B, T, E], None)``, under the
 decorator ``padding_first``, by which padding may stand behind a text; ``mil_slots()``, the rows that MIL fills;
 ``reset_parameters()``; ``check(config)``, which raises a UserError for a shape that it cannot take; and ``operators``,
-those of `distill.ops` whose kernels it chooses by its attribute ``kernels``. Weights of a child module are used in that
+those of `distill.ops` whose kernels it chooses by its attribute ``kernels``; and ``ignores``, the options that mean
+nothing to it. Weights of a child module are used in that
 module's own forward, so that whatever brings them just before a call (offloading, ZeRO-3) does. ``attention`` is the
 teacher's own mixer and has no file here.
 """
@@ -14,14 +15,22 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from distill.errors import choose
+from distill.config import MixerConfig
+from distill.errors import UserError, choose
 from distill.placement import ATTENTION
 
-__all__ = ["ATTENTION", "available", "mixer_class", "set_kernels"]
+__all__ = ["ATTENTION", "available", "check_used", "mixer_class", "set_kernels"]
+
+IGNORED = {
+    "d_state": "its state is as wide as a head",
+    "mil_layout": "every query head has states of its own, which meet the head's own keys and values",
+}
+"""Why a mixer has no use for an option."""
 
 
 def available() -> list[str]:
@@ -33,6 +42,15 @@ def mixer_class(name: str) -> Any:
     """The class registered under ``name``; its file is imported only now."""
     choose("mixer", name, available())
     return importlib.import_module(f"{__name__}.{name}").Mixer
+
+
+def check_used(names: Iterable[str], options: Mapping[str, Any]) -> None:
+    """Raise UserError for an option that was set (not to its default) and that none of the mixers ``names`` reads."""
+    classes = {name: mixer_class(name) for name in sorted(set(names) - {ATTENTION})}
+    for key, value in options.items():
+        unread = classes and all(key in mixer.ignores for mixer in classes.values())
+        if unread and value != getattr(MixerConfig(), key):
+            raise UserError(f"mixer.{key}={value} does nothing with {', '.join(classes)}: {IGNORED[key]}; leave it out")
 
 
 def set_kernels(model: nn.Module, kernels: str) -> None:

@@ -35,6 +35,7 @@ class Mixer(nn.Module):
     """
 
     operators = ("causal_conv1d", "ssd")
+    ignores = ("d_state", "mil_layout")
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()

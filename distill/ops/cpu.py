@@ -1,7 +1,8 @@
 """What kernels on CPU share: compilation by numba (no compiler needed), an exp that vectorises, threads.
 
-Threads are our own (`torch.get_num_threads()` of them) around kernels that release the GIL: one knob for PyTorch
-and the kernels, safe to call from several threads, and quicker to compile than prange.
+Threads (`torch.get_num_threads()` of them: one knob for PyTorch and the kernels) are PyTorch's own where they can be
+had (`distill.ops.openmp`), around kernels that release the GIL: safe to call from several threads, and quicker to
+compile than prange.
 """
 
 # The kernels are typed by numba, when they are compiled:
@@ -22,6 +23,8 @@ import torch
 from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
+
+from distill.ops import openmp
 
 SERIAL_WORK = 1 << 17  # numbers of state below which waking threads costs more than it saves
 
@@ -89,15 +92,27 @@ def width_of(states: int) -> tuple[int, ...]:
 
 
 def spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it."""
+    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it.
+
+    The caller takes its share, beside PyTorch's threads or, where these cannot be had, some of our own.
+    """
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1 or work < SERIAL_WORK:
         kernel(0, tasks, *arguments)
         return
     # More pieces than threads, and a busy core holds up less; but neighbours together, and memory is read in order.
     pieces = max(threads, min(4 * threads, tasks // 8))
-    edges = [tasks * piece // pieces for piece in range(pieces + 1)]
-    jobs = [_pool(threads).submit(kernel, *edge, *arguments) for edge in itertools.pairwise(edges)]
+    edges = itertools.pairwise([tasks * piece // pieces for piece in range(pieces + 1)])
+
+    def take() -> None:
+        for edge in edges:  # shared: whoever is free takes the next
+            kernel(*edge, *arguments)
+
+    if (run := openmp.team()) is not None:
+        run(take, threads)
+        return
+    jobs = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
+    take()
     for job in jobs:
         job.result()
 

@@ -176,5 +176,6 @@ def mamba2(
     arrays = [array(t, torch.float32) for t in (projected, taps, bias, dt_bias, A_log, D, weight)]
     y = torch.empty(batch, heads * width, dtype=torch.float32, device="cpu")
     views = (conv_state.numpy(), state.numpy(), y.numpy(), width_of(width), width_of(taps.shape[1] - 1))
-    spread(_mamba2, heads, state.numel(), *arrays, np.float32(eps), *views)
+    work = state.numel() // 3  # as mamba1 counts: no exponential for each number of the state
+    spread(_mamba2, heads, work, *arrays, np.float32(eps), *views)
     return y

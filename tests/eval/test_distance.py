@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval import distance, drawing
-from eval.pareto import Run, Stage
+from eval.runs import Run, Stage
 
 FAMILIES = {"add": range(1, 5), "chase": range(1, 6), "mod": range(2, 6), "recall": range(12), "sort": range(3, 7)}
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from lm_eval import evaluator
 
 from distill.data.chat import encode
 from distill.data.prompts import Prompt
 from distill.data.sample import render, trace
 from distill.errors import UserError
 from distill.likelihood import Requests
-from eval.accuracy import task_manager
-from eval.backends import hf
-from eval.loglikelihood import prepare
+from eval.accuracy import load_tasks
+from eval.lm import LM
+from eval.loglikelihood import drawn, first, prepare
+from eval.suites import task_manager
 
 QUESTIONS = 40
 
@@ -45,7 +51,7 @@ def test_accuracy_is_lm_evals(name: str, requests: Requests, tokenizer: Any, req
 
     model = request.getfixturevalue(name)
     results = simple_evaluate(
-        model=hf.lm(model, tokenizer, 16),
+        model=LM(model, tokenizer, 16),
         tasks=["embedded_choice"],
         task_manager=task_manager(["embedded_choice"]),
         limit=QUESTIONS,
@@ -116,10 +122,49 @@ def test_lm_eval_asks_in_the_tokens_that_training_has(
     tokenizer.pad_token = tokenizer.eos_token
     asked = [{"role": "user", "content": "add 1+1"}]
     (document,) = encode(tokenizer, [[*asked, {"role": "assistant", "content": "2"}]])
-    lm = hf.lm(llama, tokenizer, 1)
+    lm = LM(llama, tokenizer, 1)
     text = lm.apply_chat_template(asked)
     assert lm.tok_encode(text) == document.ids[: document.completion]
     assert lm.tok_batch_encode([text])[0][0].tolist() == document.ids[: document.completion]
     (question,) = render(tokenizer, [Prompt(asked)])
     assert question.ids == document.ids[: document.completion]
     assert trace(tokenizer, question, "2") == {"messages": [*asked, {"role": "assistant", "content": "2"}]}
+
+
+def test_questions_are_drawn_over_the_tasks_by_their_sizes() -> None:
+    sizes = [100, 300, 7, 1000]
+    taken = drawn(sizes, 141, "mmlu")
+    assert [len(places) for places in taken] == [10, 30, 1, 100]
+    assert all(places == sorted(set(places)) and places[-1] < size for places, size in zip(taken, sizes, strict=True))
+    assert taken == drawn(sizes, 141, "mmlu") != drawn(sizes, 141, "arc")
+    assert taken[3] != list(range(100)), "not the first ones"
+    assert sum(map(len, drawn([10] * 57, 500, "mmlu"))) == 500
+    assert [len(places) for places in drawn(sizes, 0, "mmlu")] == sizes
+    assert first([3, 1, 2], 4) == [[0, 1], [0], [0]]
+
+
+def test_mmlu_for_importance_scores_is_lm_evals(
+    copies: Path, llama: Any, make_tokenizer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two examples before each question: the requests are among those that lm-eval makes, of each subject as many
+    questions, and the same ones in every call."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    task, root, tokenizer = "mmlu_social_sciences", str(copies), make_tokenizer("byte_level")
+    found = prepare(task, tokenizer, llama, 24, few_shot=2, local_data=root)
+    assert found == prepare(task, tokenizer, llama, 24, few_shot=2, local_data=root)
+    texts = [tokenizer.decode(request.ids) for request in found.requests]
+    assert len(found.gold) == 24 and len(texts) == 4 * 24
+    assert {text.count("Answer:") for text in texts} == {3}
+    subjects = Counter(text.split(" about ")[1].split(".")[0] for text in texts)
+    assert set(subjects.values()) == {4 * 2} and len(subjects) == 12
+
+    class Asked(LM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            self.seen = {tuple(chain(*self._encode_pair(*request.args))) for request in requests}
+            return [(0.0, False)] * len(requests)
+
+    lm = Asked(llama, tokenizer, 4)
+    loaded = load_tasks(task, "multiple_choice", root, 2)
+    evaluator.evaluate(lm=lm, task_dict=loaded, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0)
+    assert {request.ids for request in found.requests} <= lm.seen
+    assert len(lm.seen) > len({request.ids for request in found.requests})

@@ -9,11 +9,13 @@ import torch
 
 from distill.config import MixerConfig, ThroughputConfig
 from distill.hybrid.surgery import hybridize
+from eval.backends import attention, attention_cpu
 from eval.backends.hf import Decoder, InPlaceLayer, in_place_cache
 from eval.throughput import headline, measure, one_in_n_out
 
 KV_HEADS, HEAD_DIM, INNER, STATES, TAPS = 2, 32, 128, 16, 4
 BYTES = 4
+SDPA = "scaled_dot_product_attention"
 
 
 def rows_of(contexts: list[int], seconds: Any, model: str = "m", batch: int = 8) -> list[dict[str, Any]]:
@@ -119,19 +121,23 @@ def test_every_cache_is_written_in_place(family: Any, hybrid: bool) -> None:
             assert layer.keys.data_ptr() == layer.key_buffer.data_ptr(), "attention reads the buffer itself"
 
 
-def test_keys_and_values_are_not_expanded(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grouped-query attention reads its KV heads as they are: an expanding teacher would be slower than it is."""
+@pytest.mark.parametrize("kernel", ["compiled", "sdpa"])
+def test_keys_and_values_are_not_expanded(family: Any, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped-query attention reads its KV heads where they lie: an expanding teacher would be slower than it is."""
     decoder = Decoder(family, batch=2, context=12)
-    heads: list[int] = []
-    attend = torch.nn.functional.scaled_dot_product_attention
+    seen: list[tuple[int, int]] = []
+    where, name = (attention_cpu, "attend") if kernel == "compiled" else (torch.nn.functional, SDPA)
+    attend = getattr(where, name)
 
-    def watched(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        heads.extend([key.shape[1], value.shape[1]])
-        return attend(query, key, value, **options)
+    def watched(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        seen.extend((tensor.shape[1], tensor.data_ptr()) for tensor in (key, value))
+        return attend(query, key, value, *rest, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(where, name, watched)
+    monkeypatch.setattr(attention, "has_numba", lambda: kernel == "compiled")
     decoder.timed_step()
-    assert heads == [KV_HEADS] * 8
+    buffers = [buffer for layer in decoder.cache.layers for buffer in (layer.key_buffer, layer.value_buffer)]
+    assert seen == [(KV_HEADS, buffer.data_ptr()) for buffer in buffers]
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 50])

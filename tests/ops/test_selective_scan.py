@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.ops import cpu as tools
+from distill.ops import openmp
 from distill.ops import selective_scan_cpu as cpu
 from distill.ops.kernels import kernel_of
 from distill.ops.selective_scan import selective_scan, selective_scan_update
@@ -165,25 +166,34 @@ def test_extreme_steps_and_decays(largest: float) -> None:
         assert_near(got[name], want[name], name)
 
 
-def test_same_bits_on_repeat_and_for_any_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    pools: list[int] = []
-    real_pool = tools._pool
+@pytest.mark.parametrize("threads_are", ["PyTorch's", "ours"])
+def test_same_bits_on_repeat_and_for_any_thread_count(threads_are: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teams: list[int] = []
+    openmp_run, real_pool = openmp.team(), tools._pool
+    if openmp_run is None and threads_are == "PyTorch's":
+        pytest.skip("PyTorch has another OpenMP than GNU's here")
+
+    def team(work: Callable[[], None], threads: int) -> None:
+        teams.append(threads)
+        assert openmp_run is not None
+        openmp_run(work, threads)
 
     def pool(threads: int) -> ThreadPoolExecutor:
-        pools.append(threads)
+        teams.append(threads + 1)  # and the thread that calls
         return real_pool(threads)
 
+    monkeypatch.setattr(openmp, "team", lambda: team if threads_are == "PyTorch's" else None)
     monkeypatch.setattr(tools, "_pool", pool)
     monkeypatch.setattr(tools, "SERIAL_WORK", 0)
     operands = make(3, 100, 2, resets=True, state=True)
     torch.set_num_threads(1)
     want = run(operands, torch.float32, "cpu")
-    assert not pools
+    assert not teams
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
         got = run(operands, torch.float32, "cpu")
         assert all(torch.equal(got[name], value) for name, value in want.items()), threads
-    assert set(pools) == {2, 3}
+    assert set(teams) == {2, 3}
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

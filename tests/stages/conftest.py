@@ -300,5 +300,6 @@ BUILDERS: dict[str, Callable[[Path, Path], None]] = {
     "torn_measure": run(write("teacher/measure.json", "{")),
     "odd_measure": run(keys("teacher/measure.json", accuracy=[{"task": 1, "kind": "generative", "value": "x"}])),
     "odd_log": run(write(f"{FIRST}/train/log.jsonl", '{"step": 1, "loss": "x"}\n{"step": 2}\n')),
+    "models.csv": text("nam,accuracy,ratio\n"),
     "file_in_the_way": run(remove("report"), write("report", "")),
 }  # fmt: skip

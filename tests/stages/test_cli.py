@@ -14,8 +14,15 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"distill {verb}" in text, "a command to paste"
-    assert ("CHECKPOINT" if verb in ("merge", "package") else "CONFIG") in text
-    assert ("key=value" in text) == (verb not in ("merge", "package"))
+    kind = {
+        "merge": "CHECKPOINT",
+        "package": "CHECKPOINT",
+        "export": "CHECKPOINT",
+        "import": "FOLDER",
+        "bench": "CHECKPOINT",
+    }
+    assert kind.get(verb, "CONFIG") in text
+    assert ("key=value" in text) == (verb not in kind)
 
 
 def test_unknown_verb_and_missing_target() -> None:

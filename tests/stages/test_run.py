@@ -77,7 +77,7 @@ def test_run_writes_every_record_and_is_idempotent(config: Path, capsys: pytest.
     assert {row["model"] for row in measure["throughput"]} == {"teacher", "H1-3/4"}
     assert {row["kind"] for row in measure["accuracy"]} == {"generative", "multiple_choice"}
     assert sum(row["n"] for row in measure["by_distance"] if row["task"] == "add") == 2
-    assert (run / "report" / "by_distance.csv").is_file()
+    assert (run / "report" / "tables" / "by_distance.csv").is_file()
     hybrid = AutoModelForCausalLM.from_pretrained(last / "train/checkpoint")
     assert hybrid.config.mixers == placement["mixers"]
     assert not list(run.rglob("*.partial"))

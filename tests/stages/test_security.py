@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from distill.errors import UserError
-from eval import accuracy
+from eval import accuracy, suites
 from stages.cli import main
 
 Build = Callable[[list[str]], list[str]]
@@ -83,8 +83,8 @@ def test_a_job_script_takes_names_and_paths_as_they_are(
 @pytest.mark.parametrize("task", ["humaneval", "mbpp", "humaneval_plus"])
 def test_tasks_that_run_code_need_consent(task: str) -> None:
     with pytest.raises(UserError, match="allow_code_execution=true"):
-        accuracy.check_tasks(["embedded_add", task], allow_code=False)
-    accuracy.check_tasks(["embedded_add", task], allow_code=True)
+        suites.check_tasks(["embedded_add", task], "generative", allow_code=False)
+    suites.check_tasks(["embedded_add", task], "generative", allow_code=True)
 
 
 def test_a_group_with_a_task_that_runs_code_needs_consent() -> None:
@@ -101,7 +101,8 @@ def test_a_group_with_a_task_that_runs_code_needs_consent() -> None:
         "inline": Entry({"group": "inline", "task": [{"task": "new", "unsafe_code": True}]}),
         "fine": Entry({"group": "fine", "task": ["sums"]}),
     }
-    found = {name: accuracy._running_code(index, name) for name in index}
+    leaves = {name: [leaf for leaf in suites.leaves(index, name) if leaf.get("unsafe_code")] for name in index}
+    found = {name: unsafe[0]["task"] if unsafe else None for name, unsafe in leaves.items()}
     assert found == {
         "code": "code", "sums": None, "group": "code", "inner": "code", "tag": "code", "inline": "new", "fine": None,
     }  # fmt: skip

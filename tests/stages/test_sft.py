@@ -56,10 +56,7 @@ OWN = 4 * 4 * 128  # of the fine-tuning
 def no_drawing() -> Iterator[None]:
     """The report without its figures, which take most of its time and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "svg", lambda figure, name: "<svg></svg>")
-        patch.setattr(report, "png", lambda figure: b"")
-        for name in ("pareto", "placement", "loo", "mmr", "loss", "decode_time", "cache"):
-            patch.setattr(report.figures, name, lambda *args, **kwargs: None)
+        patch.setattr(report.Plot, "images", None)
         yield
 
 
@@ -115,7 +112,7 @@ def test_a_stage_is_tuned_merged_measured_and_reported(run: Path, capsys: pytest
     assert "H1-3/4-SFT" in capsys.readouterr().out
     page = (run / "report" / "report.html").read_text()
     assert "H1-3/4-SFT" in page and "Fine-tuning" in page and "alpha = 0.25" in page
-    rows = list(csv.DictReader((run / "report" / "stages.csv").open()))
+    rows = list(csv.DictReader((run / "report" / "tables" / "stages.csv").open()))
     assert [row["name"] for row in rows] == ["teacher", "H1-1/4", "H1-3/4", "H1-3/4-SFT"]
     assert rows[3]["stage"] == "2" and float(rows[3]["tokens"]) == measure["tokens"]
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import stages.train
-from eval.pareto import read_run, stage_frame
+from eval.frames import stage_frame
+from eval.runs import read_run
 from stages.cli import main
 
 STEP = 4 * 64  # tokens a step

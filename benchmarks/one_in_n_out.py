@@ -1,0 +1,90 @@
+"""1 token in, N out: run to the end, and integrated from step times at a few contexts of a synthetic cache.
+
+    python benchmarks/one_in_n_out.py --threads 2
+
+A Llama of random weights whose keys and values, at the end of N tokens at the batch given, are at least twice its
+weights, and its hybrid with half of the blocks replaced. The two ways agree only if the time of a step depends on the
+context as the integral says. They are taken in turns: sampled before, between and after the runs in full. Prints both,
+and how far they are apart (at most 5% is asked); the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import LlamaConfig
+
+from distill.config import MixerConfig, ThroughputConfig
+from eval.backends.hf import Model
+from eval.machine import Machine
+from eval.shapes import random_models
+from eval.throughput import contexts_of, one_in_n_out, step_rows
+
+LAYERS = 4
+SHAPE = {
+    "vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=2048, help="N")
+    parser.add_argument("--mixer", default="mamba1")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    began, machine = time.perf_counter(), Machine.measure()
+    config = LlamaConfig(**SHAPE, max_position_embeddings=args.tokens)
+    models = random_models(config, [LAYERS // 2], [args.mixer], MixerConfig(), torch.float32, "cpu")
+    engines = {name: Model(name, model) for name, model in models.items()}
+    quarter = args.tokens // 4
+    options = ThroughputConfig(contexts=[quarter, 2 * quarter, 3 * quarter], output_tokens=args.tokens)
+    result: dict[str, dict[str, float]] = {}
+    for name, engine in engines.items():
+        sampled, full = [], []
+
+        def sample(name: str = name, engine: Model = engine, sampled: list[float] = sampled) -> None:
+            rows = step_rows({name: engine}, {name: args.batch}, contexts_of(options), 15, machine)
+            sampled.append(one_in_n_out(rows, name, args.batch, args.tokens))
+
+        sample()
+        for _ in range(args.rounds):
+            engine.prepare(args.batch, args.tokens)
+            engine.generate(8)
+            full.append(args.batch * args.tokens / engine.generate(args.tokens))
+            engine.release()
+            sample()
+        whole, integrated = statistics.median(full), statistics.median(sampled)
+        kv, weights = engine.shape.kv_bytes(args.batch, args.tokens), engine.shape.weight_bytes
+        result[name] = {
+            "full": whole,
+            "sampled": integrated,
+            "difference": integrated / whole - 1,
+            "kv_bytes": kv,
+            "weight_bytes": weights,
+            "kv_over_weights": kv / weights,
+        }
+        print(
+            f"{name:16s} full {whole:8,.0f} tokens/s ({min(full):,.0f} - {max(full):,.0f}), sampled {integrated:8,.0f} "
+            f"({min(sampled):,.0f} - {max(sampled):,.0f}): {integrated / whole - 1:+.1%}; keys and values "
+            f"{kv / weights:.1f} times the weights",
+            flush=True,
+        )
+    print(f"batch {args.batch}, 1 in, {args.tokens} out; {time.perf_counter() - began:.0f} s")
+    worst = max(abs(row["difference"]) for row in result.values())
+    print(json.dumps({"worst_difference": worst, "threads": args.threads, "models": result}))
+
+
+if __name__ == "__main__":
+    main()
