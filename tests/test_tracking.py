@@ -13,7 +13,7 @@ import pytest
 
 from distill import tracking
 from distill.errors import UserError
-from distill.trainer import append_line
+from distill.progress import append_line
 
 
 @pytest.fixture(autouse=True)
