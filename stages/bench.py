@@ -44,7 +44,7 @@ from stages.checkpoints import checkpoint, names
 from stages.common import say, set_threads
 from stages.package import place
 from stages.plan import teacher_config
-from stages.targets import read_config
+from stages.targets import is_run, read_config
 
 ROOFLINE = "roofline"
 MEASURED = ("quartiles", "roofline", "of rooflines")
@@ -138,9 +138,9 @@ def sources_of(targets: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Name -> (what to load, kernels) of every model that the targets name."""
     found: dict[str, tuple[str, str]] = {}
     for target in targets:
-        folder = Path(target).expanduser()
-        if (folder / "run.yaml").is_file():
-            run, config = read_run(folder), read_config(target, [])
+        if is_run(target):
+            config = read_config(target, [])
+            run = read_run(Path(config.run_dir).expanduser())
             trust_code(config.teacher, config.trust_remote_code)
             models = {"teacher": config.teacher}
             models |= {m.name: str(place(run, m)) for m in run.models if (place(run, m) / "config.json").is_file()}

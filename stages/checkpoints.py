@@ -41,6 +41,8 @@ def main(targets: Sequence[str], args: argparse.Namespace) -> int:
     if args.stage is not None:
         raise UserError(f"--stage is of a RUN, and {targets[0]} is a CHECKPOINT: name the stage's own folder")
     config = read_config(args.config, args.overrides) if args.config else default_config(args.overrides)
+    if not config.measure.generative and not config.measure.multiple_choice:
+        raise UserError("measure.generative and measure.multiple_choice are empty: name a task to score")
     set_threads(config.threads)
     models = {name: checkpoint(target) for name, target in zip(names(targets), targets, strict=True)}
     accuracy.check(config.measure)

@@ -162,6 +162,7 @@ CONFIG_VALUES = [
     (["measure", "embedded", "--output", "{tmp}/none/out.json"], "has no folder"),
     (["measure", "demo", "--output", "{tmp}/new"], "--output goes with CHECKPOINTs"),
     (["measure", "measure.limit=1"], "name what to measure"),
+    (["measure", "embedded", "measure.generative=[]", "measure.multiple_choice=[]"], "name a task to score"),
     ([*RUN, "measure.throughput.batches=[0]"], "must be above 0"),
     ([*RUN, "measure.throughput.batches=[]"], "at least one batch"),
     ([*RUN, "name=../../x"], "cannot be part of a file name"),
@@ -339,6 +340,7 @@ USAGE = [
 BENCH = ["bench", "{tiny}/teacher", "--output", "{tmp}/new/x.json"]
 SHAPE = ["bench", "--shape", "{tiny}/tiny.yaml", "--output", "{tmp}/new/x.json"]
 MEASUREMENTS = [
+    (["bench", "apriel_h1_15b"], "do the run first"),
     (["bench"], "give CHECKPOINTs or RUNs to measure, or --shape CONFIG"),
     ([*BENCH, "--shape", "demo"], "and not both"),
     (["bench", "{tmp}/nowhere"], "no model"),
