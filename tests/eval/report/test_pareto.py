@@ -63,7 +63,7 @@ def test_summary(runs: Any, tmp_path: Path, stages: dict[int, Any] | None, words
 
 
 def test_a_teacher_that_answers_nothing_right_decides_nothing(runs: Any, tmp_path: Path) -> None:
-    run = read_run(runs.build(tmp_path / "run", {5: ([1], 0.0, 1.4)}))
+    run = read_run(runs.build(tmp_path / "run", {5: ([1], 0.5, 1.4)}))
     frame = stage_frame(run)
     frame.loc[0, "generative"] = 0.0
     text = summary(run, frame)
