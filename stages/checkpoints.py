@@ -30,7 +30,7 @@ from eval.scores import COUNTS
 from eval.suites import task_manager
 from eval.wellformed import problem
 from stages.common import say, set_threads
-from stages.identity import identity
+from stages.identity import identity, tokenizers_differ
 from stages.targets import default_config, read_config, shipped_configs
 
 INNER = ("checkpoint", "train", "merge", "steps")
@@ -49,6 +49,10 @@ def main(targets: Sequence[str], args: argparse.Namespace) -> int:
     wanted = {name: inputs(model, config) for name, model in models.items()}
     output = Path(args.output).expanduser() if args.output else None
     records = earlier(output, wanted, force=args.force) if output else {}
+    first, *others = models
+    for name in others:
+        if which := tokenizers_differ(models[name], models[first]):
+            say(f"note: the tokenizer of {name} is not that of {first}: {which}; a hybrid has its teacher's")
     for name, model in models.items():
         if records.get(name, {}).get("fingerprint") == fingerprint(wanted[name]):
             say(f"{name}: is in {output} already")
