@@ -76,7 +76,8 @@ MMR = (
 )
 PROTOCOL = (
     "Output tokens a second of whole generations, 1 token in: each model at the same batch, and each at its largest "
-    "batch within the same memory. Ratios are to the teacher timed in the same run and under the same protocol; "
+    "batch within the same memory (a model without such a line does not fit in it). Ratios are to the teacher timed in "
+    "the same run and under the same protocol; "
     "predicted: the ratio of the rooflines; of roofline: the part that is reached of it. From the step "
     "<code>measure</code>."
 )

@@ -169,9 +169,14 @@ def add_legend(figure: Figure, handles: Sequence[Artist], width: float) -> None:
 
 
 def label_points(
-    figure: Figure, axes: Axes, labels: Sequence[tuple[float, float, float, str, str]], stairs: Sequence[Any]
+    figure: Figure,
+    axes: Axes,
+    labels: Sequence[tuple[float, float, float, str, str]],
+    stairs: Sequence[Any],
+    bars: Sequence[tuple[float, float, float]] = (),
 ) -> None:
-    """Write each (x, y, error, text, colour) beside its point, clear of labels, points, bars, stairs and axes."""
+    """Write each (x, y, error, text, colour) beside its point, clear of labels, points, their bars up and down, `bars`
+    across (from, to, y), stairs and axes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     canvas: Any = FigureCanvasAgg(figure)
@@ -183,6 +188,9 @@ def label_points(
         (px, low), (_, middle), (_, high) = place([(x, y - error), (x, y), (x, y + error)])
         taken.append(Bbox.from_extents(px - 5, low - 2, px + 5, high + 2))
         taken.append(Bbox.from_extents(px - 8, middle - 8, px + 8, middle + 8))
+    for left, right, y in bars:
+        (x0, middle), (x1, _) = place([(left, y), (right, y)])
+        taken.append(Bbox.from_extents(x0 - 2, middle - 5, x1 + 2, middle + 5))
     corners = place(stairs)
     for (x0, y0), (x1, y1) in pairwise(corners):
         taken.append(Bbox.from_extents(x0 - 1, y1 - 1, x0 + 1, y0 + 1))

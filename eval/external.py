@@ -35,6 +35,8 @@ def read_external(file: Path) -> tuple[pd.DataFrame, list[str]]:
         raise UserError(f"--external: {file} is no CSV file: {brief(error)}; {ABOUT}") from error
     cells = cells.apply(lambda column: column.str.strip())
     _check_columns(file, list(cells.iloc[0]))
+    if len(cells) < 2:
+        raise UserError(f"--external: {file} has a header and no model below it")
     table = cells.iloc[1:].set_axis(list(cells.iloc[0]), axis=1).reset_index(drop=True)
     frame = pd.DataFrame({"name": table["name"]})
     for column in COLUMNS[1:]:

@@ -151,7 +151,7 @@ def _rooflines(run: Run) -> str:
     """Whose roofline the fractions are of, and from which context a mixer pays on it."""
     name, lines = machine(run), pays_from(run)
     text = f" The roofline is that of {escape(name)}." if name else ""
-    return text + (f" On it a block is faster than attention {escape('; '.join(lines))}." if lines else "")
+    return text + (f" By it a block decodes faster than with attention: {escape('; '.join(lines))}." if lines else "")
 
 
 def _truncated(tasks: pd.DataFrame) -> str:

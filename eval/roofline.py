@@ -153,7 +153,8 @@ class Shape:
     def largest_batch(self, tokens: int, memory: float, overhead: float = 0.0) -> int:
         """Sequences of ``tokens`` for which weights, cache and ``overhead`` bytes a sequence fit in ``memory``."""
         each = self.kv_bytes(1, tokens) + self.state_bytes(1) + overhead
-        return max(int((memory - self.weight_bytes) // each), 0)
+        fitting = (memory - self.weight_bytes) / each
+        return max(int(fitting * (1 + 1e-9)), 0)  # what fits to the byte is not rounded down to one less
 
 
 def shapes_of(

@@ -8,7 +8,8 @@
   batch; ``equal_memory``: each at its largest batch within ``memory_bytes``), ``batch``, ``output_tokens``,
   ``tokens_per_second`` with ``_low`` and ``_high`` (from the quartiles of the step times),
   ``roofline_tokens_per_second``, ``roofline_fraction``, ``ratio`` (to the first model, the teacher, under the same
-  protocol and, for equal_batch, at the same batch) and ``roofline_ratio`` (that of the rooflines: what is predicted),
+  protocol and, for equal_batch, at the same batch; null where that has no row, as where it does not fit in memory)
+  and ``roofline_ratio`` (that of the rooflines: what is predicted),
   ``how`` (``sampled``: step times integrated; ``full``: run to the end; ``predicted``), and, for equal_memory,
   ``memory_bytes``, the cap, and ``largest_batch``, what fits there by that count, where less may have run
 - ``equal_memory``: the step rows of that protocol, keys as in ``throughput``
@@ -64,9 +65,10 @@ def details(
     speeds = speed_rows(list(engines), rows, options, "equal_batch")
     if options.full:
         speeds = [full(engines, row, options, report) for row in speeds]
+    speeds += speed_rows(list(engines), second, options, "equal_memory")
     return {
         "machine": machine_record(machine),
-        "one_in_n_out": with_ratios(speeds + speed_rows(list(engines), second, options, "equal_memory")),
+        "one_in_n_out": with_ratios(speeds, next(iter(engines))),
         "equal_memory": second,
         "prefill": prefill_rows(engines, options, machine, report),
         "memory": memory_rows(engines, options.lengths),
@@ -111,17 +113,21 @@ def speed_rows(
     return found
 
 
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Rows with ``ratio``: to the first model's, under the same protocol and (equal_batch) at the same batch."""
+def with_ratios(rows: Sequence[Row], first: str) -> list[Row]:
+    """Rows with ``ratio``: to the ``first`` model's, under the same protocol and (equal_batch) at the same batch; None
+    where it has no such row."""
 
     def key(row: Row) -> tuple[str, int]:
         return row["protocol"], row["batch"] if row["protocol"] == "equal_batch" else 0
 
-    base: dict[tuple[str, int], Row] = {}
-    for row in rows:
-        base.setdefault(key(row), row)
+    base = {key(row): row for row in rows if row["model"] == first}
     of = {"ratio": "tokens_per_second", "roofline_ratio": "roofline_tokens_per_second"}
-    return [{**row, **{ratio: row[speed] / base[key(row)][speed] for ratio, speed in of.items()}} for row in rows]
+
+    def ratios(row: Row) -> dict[str, float | None]:
+        beside = base.get(key(row))
+        return {ratio: row[speed] / beside[speed] if beside else None for ratio, speed in of.items()}
+
+    return [{**row, **ratios(row)} for row in rows]
 
 
 def full(engines: Mapping[str, Engine], row: Row, options: ThroughputConfig, report: Report) -> Row:
@@ -197,18 +203,20 @@ def _possible(engine: Engine, batch: int, options: ThroughputConfig, report: Rep
 def prefill_rows(
     engines: Mapping[str, Engine], options: ThroughputConfig, machine: Machine, report: Report = silent
 ) -> list[Row]:
-    """Prefill at every batch and context with at most ``prefill_tokens`` in all, the models in turns."""
+    """Prefill at every batch and context with at most ``prefill_tokens`` in all, the models in turns. What does not fit
+    in memory is left out, which is reported: the smaller ones are measured anyway."""
     rows = []
     for batch in options.batches:
         for tokens in sorted(set(options.contexts)):
             if batch * tokens > options.prefill_tokens or tokens < 2:
                 continue
-            times: dict[str, list[float]] = {name: [] for name in engines}
-            for repeat in range(options.repeats + 1):
-                for name in turn(list(engines), repeat):
-                    seconds = engines[name].prefill(batch, tokens)
-                    if repeat:  # the first is a warm-up
-                        times[name].append(seconds)
+            try:
+                times = _prefill_times(engines, batch, tokens, options.repeats)
+            except Exception as error:  # of torch, of numpy or of a backend; anything but memory goes on
+                if not out_of_memory(error):
+                    raise
+                report(f"out of memory in a prefill of {batch} x {tokens}: it is left out")
+                continue
             for name, engine in engines.items():
                 low, median, high = np.quantile(times[name], [0.25, 0.5, 0.75]).tolist()
                 least = engine.shape.prefill(batch, tokens, machine)
@@ -228,6 +236,17 @@ def prefill_rows(
             speeds = ", ".join(f"{r['model']} {r['tokens_per_second']:,.0f} tokens/s" for r in rows[-len(engines) :])
             report(f"prefill of {batch} x {tokens}: {speeds}")
     return rows
+
+
+def _prefill_times(engines: Mapping[str, Engine], batch: int, tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat, by model."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(repeats + 1):
+        for name in turn(list(engines), repeat):
+            seconds = engines[name].prefill(batch, tokens)
+            if repeat:  # the first is a warm-up
+                times[name].append(seconds)
+    return times
 
 
 def memory_row(shape: Shape, name: str, tokens: int, overhead: float, held: Mapping[str, int] | None) -> Row:

@@ -109,7 +109,7 @@ def predicted(
         "throughput": rows,
         "serving": {
             "machine": serving.machine_record(machine),
-            "one_in_n_out": serving.with_ratios([{**row, "how": "predicted"} for row in speeds]),
+            "one_in_n_out": serving.with_ratios([{**row, "how": "predicted"} for row in speeds], "teacher"),
             "equal_memory": second,
             "prefill": prefill,
             "memory": memory,

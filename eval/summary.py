@@ -37,6 +37,8 @@ def verdict(frame: pd.DataFrame, keep: float = KEEP, how: str = "") -> str:
     done = hybrids[hybrids["generative"].notna()]
     if math.isnan(teacher["generative"]):
         return "The teacher's generative accuracy has not been measured: nothing to compare hybrids with yet."
+    if teacher["generative"] == 0:
+        return "The teacher answers no generative question right: its accuracy says nothing about which hybrid to ship."
     base = f"{100 * teacher['generative']:.1f}%"
     if done.empty:
         return (
@@ -52,9 +54,13 @@ def verdict(frame: pd.DataFrame, keep: float = KEEP, how: str = "") -> str:
             f"No hybrid keeps {100 * keep:g}% of the teacher's mean generative accuracy ({base}): ship none under this "
             f"budget. The nearest is {near['name']}, which keeps {_kept(near, teacher)}{_gain(near['ratio'])}."
         )
+    found = f"it keeps {_kept(best, teacher)}{_gain(best['ratio'])}{how}{_cache(best, teacher)}. "
     text = (
-        f"Ship {best['name']}: it keeps {_kept(best, teacher)}{_gain(best['ratio'])}{how}{_cache(best, teacher)}. "
-        f"It is the fastest hybrid that keeps at least {100 * keep:g}% of the teacher's accuracy."
+        f"Ship {best['name']}: {found}It is the fastest hybrid that keeps at least {100 * keep:g}% of the teacher's "
+        "accuracy."
+        if best["ratio"] > 1
+        else f"Ship none for its speed: of the hybrids that keep at least {100 * keep:g}% of the teacher's accuracy "
+        f"none is faster than the teacher. The fastest is {best['name']}: {found}".rstrip()
     )
     floor = keep * teacher["generative"]
     if best["generative"] - best["generative_stderr"] < floor:

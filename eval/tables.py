@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -106,40 +107,24 @@ def cost_rows(frame: pd.DataFrame) -> list[list[str]]:
 
 
 def protocol_rows(frame: pd.DataFrame) -> list[list[str]]:
-    """1 token in, N out, a row a model: for each protocol batch, speed and ratio to the teacher, and what of memory
-    and roofline is known."""
-    protocols, models = list(dict.fromkeys(frame["protocol"])), list(dict.fromkeys(frame["model"]))
-    shown = ("batch", "tokens/s", "vs teacher", "predicted", "memory", "of roofline")
-    columns = {"predicted": "roofline_ratio", "memory": "memory_bytes", "of roofline": "roofline_fraction"}
-    heads = [
-        (protocol, key)
-        for protocol in protocols
-        for key in shown
-        if (key not in columns or frame.loc[frame["protocol"] == protocol, columns[key]].notna().any())
-        and (key != "batch" or protocol != f"batch {frame.loc[frame['protocol'] == protocol, 'batch'].iloc[0]:.0f}")
-    ]
-    rows = [["model", *(f"{protocol}: {key}" for protocol, key in heads)]]
-    for model in models:
-        of = {row["protocol"]: row for _, row in frame[frame["model"] == model].iterrows()}
-        cells = [_protocol_cell(of[protocol], key) if protocol in of else NOT_MEASURED for protocol, key in heads]
-        rows.append([model, *cells])
-    return rows
-
-
-def _protocol_cell(row: pd.Series[Any], key: str) -> str:
-    if key == "memory" and row["memory_bytes"] > 0:
+    """1 token in, N out, a row a model and protocol: batch, speed and ratio to the teacher, and what of memory and
+    roofline is known."""
+    optional = {"predicted": "roofline_ratio", "memory": "memory_bytes", "of roofline": "roofline_fraction"}
+    known = [title for title, column in optional.items() if frame[column].notna().any()]
+    rows = [["model", "protocol", "batch", "tokens/s", "vs teacher", *known]]
+    for _, row in frame.iterrows():
         scale, unit = fitting_unit(row["memory_bytes"], BYTES)
-        return f"{row['memory_bytes'] / scale:,.1f} {unit}"
-    if key in ("vs teacher", "predicted") and row["model"] == "teacher":
-        return DASH
-    values = {
-        "batch": measured(row["batch"], "{:,.0f}"),
-        "tokens/s": speed(row["tokens_per_second"]),
-        "vs teacher": measured(row["ratio"], "{:.2f}" + TIMES),
-        "predicted": measured(row["roofline_ratio"], "{:.2f}" + TIMES),
-        "of roofline": measured(row["roofline_fraction"], "{:.0%}"),
-    }
-    return values.get(key, NOT_MEASURED)
+        teacher, equal = row["model"] == "teacher", math.isnan(row["memory_bytes"])
+        cells = {
+            "predicted": DASH if teacher else measured(row["roofline_ratio"], "{:.2f}" + TIMES),
+            "memory": DASH if equal else f"{row['memory_bytes'] / scale:,.1f} {unit}",
+            "of roofline": measured(row["roofline_fraction"], "{:.0%}"),
+        }
+        protocol = "equal batch" if row["protocol"].startswith("batch") else str(row["protocol"])
+        ratio = DASH if teacher else measured(row["ratio"], "{:.2f}" + TIMES)
+        line = [str(row["model"]), protocol, f"{row['batch']:,.0f}", speed(row["tokens_per_second"]), ratio]
+        rows.append([*line, *(cells[title] for title in known)])
+    return rows
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -4,13 +4,14 @@
     distill bench embedded runs/demo/stages/01-H1-5/train/checkpoint --batches 1,32 --output-tokens 4096 --output b.json
     distill bench --shape configs/apriel_h1_15b.yaml --h 0,25,30,40 --device h100
 
-CHECKPOINT (a folder with config.json, a hub name, or embedded) or RUN (its teacher and its distilled stages), one or
-more; the first is what the others are compared with. They are measured in one process and take turns.
+CHECKPOINT (a folder with config.json, a stage's folder, a hub name, or embedded) or RUN (its teacher and its
+distilled stages), one or more; the first is what the others are compared with. They are measured in one process and
+take turns.
 
 Step times over batch and context; 1 token in, N out; prefill; memory by length of a sequence. Two protocols: equal
 batch, and each model at its largest batch within the same memory. Beside each speed stands, in brackets, which part
-of the operator roofline of this machine it reaches. The last line of output is the record, JSON, unless --output
-names a file for it.
+of the operator roofline of this machine it reaches. The record, JSON, goes to the file that --output names; without
+it, it is the last line of output, unless that is a terminal.
 
 With --shape no weights are needed: models of random weights are measured where they fit on a GPU (or are small);
 elsewhere, and with --device, the roofline of a device predicts. N = 16,384 as in the paper.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,11 @@ from eval.backends import NAMES, backend
 from eval.machine import THIS, free_memory, named
 from eval.roofline import shapes_of
 from eval.runs import read_run
+from stages.checkpoints import checkpoint, names
 from stages.common import say, set_threads
 from stages.package import place
 from stages.plan import teacher_config
-from stages.targets import read_config
+from stages.targets import is_run, read_config
 
 ROOFLINE = "roofline"
 MEASURED = ("quartiles", "roofline", "of rooflines")
@@ -60,6 +63,8 @@ def main(args: argparse.Namespace) -> int:
     if args.output:
         write_json(Path(args.output).expanduser(), record)
         say(f"\nrecord: {args.output}")
+    elif sys.stdout.isatty():
+        say("\nrecord: not kept; --output names a file for it")
     else:
         say("")
         print(json.dumps(record))
@@ -133,15 +138,15 @@ def sources_of(targets: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Name -> (what to load, kernels) of every model that the targets name."""
     found: dict[str, tuple[str, str]] = {}
     for target in targets:
-        folder = Path(target).expanduser()
-        if (folder / "run.yaml").is_file():
-            run, config = read_run(folder), read_config(target, [])
+        if is_run(target):
+            config = read_config(target, [])
+            run = read_run(Path(config.run_dir).expanduser())
             trust_code(config.teacher, config.trust_remote_code)
             models = {"teacher": config.teacher}
             models |= {m.name: str(place(run, m)) for m in run.models if (place(run, m) / "config.json").is_file()}
             kernels = config.kernels
         else:
-            models, kernels = {folder.name if folder.is_dir() else target: target}, "auto"
+            models, kernels = {names([target])[0]: checkpoint(target)}, "auto"
         for name, source in models.items():
             if source in [known for known, _ in found.values()]:
                 continue
@@ -211,7 +216,8 @@ def tables(record: dict[str, Any]) -> list[tuple[str, str]]:
             (row["batch"], row["context"]), {"batch": row["batch"], "context": f"{row['context']:,}"}
         )
         line[row["model"]] = f"{1e3 * row['step_seconds']:,.2f} {part(row)}"
-    found.append(("decode step, ms (and the part of the roofline reached)", plain(list(steps.values()))))
+    reached = "" if guessed else " (and the part of the roofline reached)"
+    found.append((f"decode step, ms{reached}", plain(list(steps.values()))))
     speeds = [
         {
             "protocol": row["protocol"].replace("_", " "),
@@ -220,8 +226,8 @@ def tables(record: dict[str, Any]) -> list[tuple[str, str]]:
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "quartiles": f"{row['tokens_per_second_low']:,.0f} - {row['tokens_per_second_high']:,.0f}",
             "roofline": part(row),
-            "ratio": f"{row['ratio']:.2f}x",
-            "of rooflines": f"{row['roofline_ratio']:.2f}x",
+            "ratio": times(row["ratio"]),
+            "of rooflines": times(row["roofline_ratio"]),
             "how": row["how"],
         }
         for row in details["one_in_n_out"]
@@ -242,6 +248,7 @@ def tables(record: dict[str, Any]) -> list[tuple[str, str]]:
             }
             for row in details["prefill"]
         ]
+        rows = [{key: value for key, value in row.items() if not guessed or key not in MEASURED} for row in rows]
         found.append(("prefill", plain(rows)))
     lengths: dict[str, dict[str, str]] = {}
     for row in details["memory"]:
@@ -255,6 +262,11 @@ def tables(record: dict[str, Any]) -> list[tuple[str, str]]:
         for mixer, each in details["pays_from"].items()
     ]
     return [*found, ("by the roofline", "\n".join(lines))] if lines else found
+
+
+def times(ratio: float | None) -> str:
+    """``2.10x``; a dash where the first model has no speed to compare with."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def pays(each: dict[str, int | None]) -> list[str]:

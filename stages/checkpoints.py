@@ -30,7 +30,7 @@ from eval.scores import COUNTS
 from eval.suites import task_manager
 from eval.wellformed import problem
 from stages.common import say, set_threads
-from stages.identity import identity
+from stages.identity import identity, tokenizers_differ
 from stages.targets import default_config, read_config, shipped_configs
 
 INNER = ("checkpoint", "train", "merge", "steps")
@@ -41,12 +41,18 @@ def main(targets: Sequence[str], args: argparse.Namespace) -> int:
     if args.stage is not None:
         raise UserError(f"--stage is of a RUN, and {targets[0]} is a CHECKPOINT: name the stage's own folder")
     config = read_config(args.config, args.overrides) if args.config else default_config(args.overrides)
+    if not config.measure.generative and not config.measure.multiple_choice:
+        raise UserError("measure.generative and measure.multiple_choice are empty: name a task to score")
     set_threads(config.threads)
     models = {name: checkpoint(target) for name, target in zip(names(targets), targets, strict=True)}
     accuracy.check(config.measure)
     wanted = {name: inputs(model, config) for name, model in models.items()}
     output = Path(args.output).expanduser() if args.output else None
     records = earlier(output, wanted, force=args.force) if output else {}
+    first, *others = models
+    for name in others:
+        if which := tokenizers_differ(models[name], models[first]):
+            say(f"note: the tokenizer of {name} is not that of {first}: {which}; a hybrid has its teacher's")
     for name, model in models.items():
         if records.get(name, {}).get("fingerprint") == fingerprint(wanted[name]):
             say(f"{name}: is in {output} already")

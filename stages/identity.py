@@ -47,17 +47,21 @@ def check_same_tokenizer(name: str, teacher: str) -> None:
     folder = Path(resolve(name))
     if not (folder / "tokenizer.json").is_file():  # it is asked in the teacher's
         return
-    ours, theirs = load_tokenizer(name), load_tokenizer(teacher)
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    apart = [token for token in {*mine, *other} if mine.get(token) != other.get(token)]
-    if apart or ours.encode(PROBE) != theirs.encode(PROBE):
-        which = (
-            f"{len(apart)} tokens differ, such as {min(apart)!r}" if apart else "it cuts the same text in other tokens"
-        )
+    if which := tokenizers_differ(name, teacher):
         raise UserError(
             f"the tokenizer of '{name}' is not the teacher's ('{teacher}'): {which}. Both must be of one teacher: take "
             "the checkpoint's own teacher, or remove the tokenizer that was put into its folder"
         )
+
+
+def tokenizers_differ(one: str, other: str) -> str:
+    """In what the tokenizers of two models differ, in words; empty where they read texts alike."""
+    ours, theirs = load_tokenizer(one), load_tokenizer(other)
+    mine, others = ours.get_vocab(), theirs.get_vocab()
+    apart = [token for token in {*mine, *others} if mine.get(token) != others.get(token)]
+    if apart:
+        return f"{len(apart)} tokens differ, such as {min(apart)!r}"
+    return "" if ours.encode(PROBE) == theirs.encode(PROBE) else "it cuts the same text in other tokens"
 
 
 def data_identity(data: DataConfig) -> str | dict[str, str]:

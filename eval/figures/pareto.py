@@ -47,7 +47,8 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     figure = Figure(figsize=(width, 0.35 * width + 1.6 + 0.25 * bool(runs)), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="decode throughput (times the teacher's)", ylabel="mean generative accuracy (%)")
-    axes.set_xlim(*roomy_limits(xs.min(), xs.max(), 0.3 * xs.max(), after=1.45 if width > 6 else 1.85))
+    slow, fast = (known.get(column, xs).fillna(xs) for column in ("ratio_low", "ratio_high"))
+    axes.set_xlim(*roomy_limits(slow.min(), fast.max(), 0.3 * xs.max(), after=1.45 if width > 6 else 1.85))
     axes.set_ylim(*roomy_limits((ys - errors).min(), (ys + errors).max(), 6))
     low, high = axes.get_ylim()
     axes.set_yticks(
@@ -61,7 +62,7 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(7 if width > 6 else 4, steps=[1, 2, 2.5, 5, 10]))
     stairs = _stairs(axes, known)
     colours = run_colours(runs) if runs else model_colours(frame["name"])
-    labels = []
+    labels, bars = [], list(zip(slow, fast, ys, strict=True))
     for (_, row), x, y, error in zip(known.iterrows(), xs, ys, errors, strict=True):
         teacher = row["stage"] == 0
         colour = INK if teacher else colours[row["run"] if runs else row["name"]]
@@ -81,7 +82,7 @@ def pareto(frame: pd.DataFrame, width: float = WIDE) -> Figure:
         labels.append((x, y, error, text, colour if runs and not teacher else INK))
     if runs:
         add_legend(figure, _legend(known, runs, colours), width)
-    label_points(figure, axes, labels, stairs)
+    label_points(figure, axes, labels, stairs, bars)
     return figure
 
 

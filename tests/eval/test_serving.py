@@ -120,6 +120,38 @@ def test_a_cap_that_is_given(make: Any) -> None:
     assert [line.split(" in ")[0] for line in lines] == ["teacher does not fit", "hybrid does not fit"]
 
 
+@pytest.mark.parametrize("batch", range(1, 12))
+def test_the_cap_of_a_batch_holds_that_batch(make: Any, batch: int) -> None:
+    """Whatever a sequence's share of the overhead is rounded to."""
+    shape = make()["teacher"].shape
+    for overhead in (7, 13, 1001):
+        cap = shape.held_bytes(batch, 100) + overhead
+        assert shape.largest_batch(100, cap, overhead / batch) == batch
+
+
+def test_no_ratio_where_the_first_model_does_not_fit(make: Any) -> None:
+    """A hybrid that fits within a cap which is too small for the teacher is not compared with itself."""
+    rows = [
+        {"model": "hybrid", "protocol": "equal_memory", "batch": 2, "tokens_per_second": 4.0},
+        {"model": "teacher", "protocol": "equal_batch", "batch": 2, "tokens_per_second": 2.0},
+        {"model": "hybrid", "protocol": "equal_batch", "batch": 2, "tokens_per_second": 3.0},
+    ]
+    rows = [{**row, "roofline_tokens_per_second": 5.0} for row in rows]
+    assert [row["ratio"] for row in serving.with_ratios(rows, "teacher")] == [None, 1.0, 1.5]
+
+
+def test_a_prefill_that_does_not_fit_is_left_out(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(self: Known, batch: int, tokens: int) -> float:
+        if batch > 2:
+            raise MemoryError("no room")
+        return 1.0
+
+    monkeypatch.setattr(Known, "prefill", narrow)
+    lines: list[str] = []
+    rows = serving.prefill_rows(make(), OPTIONS, MACHINE, lines.append)
+    assert {row["batch"] for row in rows} == {2} and "prefill of 8 x 50: it is left out" in " ".join(lines)
+
+
 def test_the_order_of_models_does_not_matter(make: Any) -> None:
     """On a machine that gets slower all the time, AB and BA give the same ratio: turns meet the drift alike."""
     ratios = []

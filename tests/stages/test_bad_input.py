@@ -187,6 +187,7 @@ CONFIG_VALUES = [
     (["measure", "embedded", "--output", "{tmp}/none/out.json"], "has no folder"),
     (["measure", "demo", "--output", "{tmp}/new"], "--output goes with CHECKPOINTs"),
     (["measure", "measure.limit=1"], "name what to measure"),
+    (["measure", "embedded", "measure.generative=[]", "measure.multiple_choice=[]"], "name a task to score"),
     ([*RUN, "measure.throughput.batches=[0]"], "must be above 0"),
     ([*RUN, "measure.throughput.batches=[]"], "at least one batch"),
     ([*RUN, "name=../../x"], "cannot be part of a file name"),
@@ -364,11 +365,12 @@ USAGE = [
 BENCH = ["bench", "{tiny}/teacher", "--output", "{tmp}/new/x.json"]
 SHAPE = ["bench", "--shape", "{tiny}/tiny.yaml", "--output", "{tmp}/new/x.json"]
 MEASUREMENTS = [
+    (["bench", "apriel_h1_15b"], "do the run first"),
     (["bench"], "give CHECKPOINTs or RUNs to measure, or --shape CONFIG"),
     ([*BENCH, "--shape", "demo"], "and not both"),
-    (["bench", "{tmp}/nowhere"], "no model"),
+    (["bench", "{tmp}/nowhere"], "no checkpoint"),
     (["bench", "nobody/nothing"], "as a hub name it cannot be had"),
-    (["bench", "{tmp}/an_empty_folder"], "has no config.json"),
+    (["bench", "{tmp}/an_empty_folder"], "is no checkpoint"),
     (["bench", "{tiny}/teacher", "{tmp}/no_type"], "names no model_type"),
     ([*BENCH, "--backend", "vlm"], "did you mean 'vllm'"),
     ([*BENCH, "--backend", "vllm"], "not installed: pip install vllm"),

@@ -21,7 +21,7 @@ QUICK = [
 
 def test_a_run_and_a_checkpoint(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
     """The teacher first, then the stages; a stage that is named a second time is measured once."""
-    stage = tiny / "run" / "stages" / "01-H1-1" / "train" / "checkpoint"
+    stage = tiny / "run" / "stages" / "01-H1-1"
     output = tmp_path / "deep" / "bench.json"
     assert main(["bench", str(tiny / "run"), str(stage), *QUICK, "--output", str(output)]) == 0
     text, record = capsys.readouterr().out, json.loads(output.read_text())
@@ -81,3 +81,18 @@ def test_two_models_of_one_name_are_told_apart(tiny: Path, monkeypatch: pytest.M
     shutil.copytree(tiny / "teacher", tmp_path / "teacher")
     found: dict[str, Any] = bench.sources_of([str(tiny / "teacher"), str(tmp_path / "teacher")])
     assert list(found) == ["teacher", "teacher (2)"]
+
+
+def test_a_stage_is_called_by_its_folder(tiny: Path) -> None:
+    stage = tiny / "run" / "stages" / "01-H1-1"
+    assert list(bench.sources_of([str(stage / "train" / "checkpoint")])) == ["01-H1-1"]
+    assert bench.sources_of([str(stage)]) == bench.sources_of([str(stage / "train" / "checkpoint")])
+
+
+def test_a_model_that_alone_fits_has_no_ratio(capsys: Capture) -> None:
+    """131,072 tokens within an L40S: no room for the teacher's cache."""
+    asked = ["--shape", "apriel_h1_15b", "--h", "40", "--mixers", "mamba1", "--device", "l40s", "--contexts", "64"]
+    assert main(["bench", *asked, "--batches", "1", "--output-tokens", "131072"]) == 0
+    text = capsys.readouterr().out
+    wide = [r for r in json.loads(text.splitlines()[-1])["serving"]["one_in_n_out"] if r["protocol"] == "equal_memory"]
+    assert [(row["model"], row["ratio"]) for row in wide] == [("H1-40/50 mamba1", None)]

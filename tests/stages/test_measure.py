@@ -100,6 +100,9 @@ def test_a_tokenizer_other_than_the_teachers_is_refused(build: Build, tmp_path: 
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "is not the teacher's" in error and "2 tokens differ, such as '7'" in error
+    tasks = ["measure.generative=[embedded_add]", "measure.multiple_choice=[]", "measure.limit=1"]
+    assert main(["measure", *build(["{tiny}/teacher"]), str(folder), *tasks]) == 0
+    assert "note: the tokenizer of 01-H1-1 is not that of teacher: 2 tokens differ" in capsys.readouterr().out
     start = [
         "run", str(tmp_path.parent / "none.yaml"), f"run_dir={tmp_path}/new",
         "start_from={H1-2: " + str(folder / "train/checkpoint") + "}",

@@ -154,6 +154,7 @@ def test_the_page_with_models_measured_elsewhere(runs: Any, tmp_path: Path) -> N
         ("name,accuracy,ratio\na,1,1\nb,1,1\na,1,1\n", "line 4: 'a' stands in line 2 already"),
         ("name,accuracy,ratio\n ,1,1\n", "line 2: the model has no name"),
         ("", "is no CSV file"),
+        ("name,accuracy,ratio\n", "has a header and no model below it"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, text: str, message: str) -> None:

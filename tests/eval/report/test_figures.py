@@ -51,6 +51,25 @@ def test_labels_of_the_pareto_plot_stand_free(width: float, crowd: list[float]) 
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+@pytest.mark.parametrize("width", [drawing.WIDE, drawing.NARROW])
+def test_the_spread_of_a_speed_lies_within_the_plot_and_under_no_label(width: float) -> None:
+    rows = [
+        ("teacher", 0, 1.0, 1.0, None, None),
+        ("H1-2/10", 1, 0.75, 0.36, 0.28, 0.52),
+        ("H1-3/10", 2, 0.8, 1.03, 0.8, 1.5),
+    ]
+    names = ["name", "stage", "generative", "ratio", "ratio_low", "ratio_high"]
+    frame = pd.DataFrame(rows, columns=names).astype({"ratio_low": float, "ratio_high": float})
+    frame = frame.assign(generative_stderr=0.08, tokens=2048.0, tokens_per_second=9.0, frontier=False)
+    figure = pareto(frame, width)
+    place = figure.axes[0].transData.transform
+    for _, _, generative, _, low, high in rows[1:]:
+        (left, y), (right, _) = place([(low, 100 * generative), (high, 100 * generative)])
+        axes = figure.axes[0].get_window_extent()
+        assert axes.x0 <= left < right <= axes.x1
+        assert not any(box.y0 < y < box.y1 and box.x0 < right and left < box.x1 for box in text_boxes(figure))
+
+
 def text_boxes(figure: Figure) -> list[Any]:
     renderer: Any = FigureCanvasAgg(figure)
     notes = [note for note in figure.axes[0].texts if isinstance(note, Annotation) and note.get_text()]

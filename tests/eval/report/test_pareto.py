@@ -49,6 +49,7 @@ def test_best_hybrid_is_not_chosen_by_noise_between_equally_fast_models(runs: An
         (None, "(batch 32, 1 token in, 1,024 out), with 50% of its cache at context 2,048. It is the fastest"),
         ({5: ([1], 0.937, 1.4)}, "within one standard error of the budget"),
         ({5: ([1], 0.95, 0.9)}, "decodes 0.90\u00d7 as fast as the teacher, that is, slower"),
+        ({5: ([1], 0.95, 0.9)}, "Ship none for its speed: of the hybrids that keep at least 95%"),
         (
             {5: ([1], 0.5, 1.4), 7: ([2], 0.6, 1.5)},
             "No hybrid keeps 95% of the teacher's mean generative accuracy (97.5%): ",
@@ -59,6 +60,14 @@ def test_best_hybrid_is_not_chosen_by_noise_between_equally_fast_models(runs: An
 def test_summary(runs: Any, tmp_path: Path, stages: dict[int, Any] | None, words: str) -> None:
     run = read_run(runs.build(tmp_path / "run", stages, steps=3))
     assert words in summary(run, stage_frame(run))
+
+
+def test_a_teacher_that_answers_nothing_right_decides_nothing(runs: Any, tmp_path: Path) -> None:
+    run = read_run(runs.build(tmp_path / "run", {5: ([1], 0.5, 1.4)}))
+    frame = stage_frame(run)
+    frame.loc[0, "generative"] = 0.0
+    text = summary(run, frame)
+    assert "answers no generative question right" in text and "nan" not in text and "Ship H1" not in text
 
 
 def test_cost_follows_the_lineage(runs: Any, tmp_path: Path) -> None:
