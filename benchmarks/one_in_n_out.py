@@ -48,8 +48,8 @@ def main() -> None:
     config = LlamaConfig(**SHAPE, max_position_embeddings=args.tokens)
     models = random_models(config, [LAYERS // 2], [args.mixer], MixerConfig(), torch.float32, "cpu")
     engines = {name: Model(name, model) for name, model in models.items()}
-    quarter = args.tokens // 4
-    options = ThroughputConfig(contexts=[quarter, 2 * quarter, 3 * quarter], output_tokens=args.tokens)
+    parts = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4)  # closer at the beginning, where a step grows fastest
+    options = ThroughputConfig(contexts=[int(part * args.tokens) for part in parts], output_tokens=args.tokens)
     result: dict[str, dict[str, float]] = {}
     for name, engine in engines.items():
         sampled, full = [], []

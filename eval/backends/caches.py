@@ -27,7 +27,10 @@ class InPlaceLayer(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             shape = (*key_states.shape[:2], self.capacity, key_states.shape[-1])
-            self.key_buffer, self.value_buffer = key_states.new_zeros(shape), value_states.new_zeros(shape)
+            self.key_buffer, self.value_buffer = (
+                key_states.new_empty(shape).zero_(),
+                value_states.new_empty(shape).zero_(),
+            )
             self.is_initialized = True
         end = self.filled + key_states.shape[-2]
         if end > self.capacity:
@@ -62,7 +65,10 @@ class FixedLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             batch, heads, _, width = key_states.shape
             shape = (batch, self.capacity, heads, width)
-            self.key_buffer, self.value_buffer = key_states.new_zeros(shape), value_states.new_zeros(shape)
+            self.key_buffer, self.value_buffer = (
+                key_states.new_empty(shape).zero_(),
+                value_states.new_empty(shape).zero_(),
+            )
             self.keys, self.values = self.key_buffer.transpose(1, 2), self.value_buffer.transpose(1, 2)
             self.is_initialized = True
         self.key_buffer.index_copy_(1, self.position, key_states.transpose(1, 2))

@@ -389,6 +389,12 @@ MEASUREMENTS = [
     ([*SHAPE, "--h", "-1"], "--h"),
     ([*SHAPE, "--mixers", "mamba3"], "did you mean 'mamba2'"),
     (["bench", "--shape", "dmeo"], "did you mean 'demo'"),
+    (["export", "{tiny}/teacher", "--to", "hf-native", "--output", "{tmp}/out"], "is no hybrid of ours"),
+    (["export", "{tmp}/nowhere", "--to", "hf-native", "--output", "{tmp}/out"], "no folder"),
+    (["export", "{tiny}/teacher", "--to", "gguff", "--output", "{tmp}/out"], "unknown target 'gguff'"),
+    (["import", "{tiny}/teacher", "--output", "{tmp}/out"], "is no granitemoehybrid folder"),
+    (["status", "{tmp}/nowhere"], "nowhere"),
+    (["cancel", "{tmp}/nowhere"], "nowhere"),
 ]
 AT_ONCE = [*CONFIG_FILES, *CONFIG_VALUES, *TEACHERS, *DATA, *USAGE, *MEASUREMENTS]
 LATER = [*LATE_TEACHERS, *LATE_DATA, *RUNS]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
 from distill.errors import UserError
 from eval import accuracy, suites
@@ -67,7 +68,7 @@ def test_a_job_script_takes_names_and_paths_as_they_are(
     script = capsys.readouterr().out
     done = subprocess.run(["bash"], input=script, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / folder / "slurm").is_dir()
+    assert (Path(folder) / "jobs").is_dir() and yaml.safe_load((Path(folder) / "run.yaml").read_text())["name"] == name
     assert not list(tmp_path.rglob("ran"))
     lines = (tmp_path / "jobs").read_text().splitlines()
     given = [shlex.split(line.removeprefix("#SBATCH ")) for line in lines if line.startswith("#SBATCH ")]
@@ -75,9 +76,9 @@ def test_a_job_script_takes_names_and_paths_as_they_are(
     options = [each[0] for each in given]
     assert f"--job-name={name}-01-H1-5-score" in options
     assert "--partition=p $(touch ran)" in options
-    assert f"--output={folder}/slurm/%x-%j.out" in options
-    commands = [shlex.split(line) for line in lines if line.startswith("distill ")]
-    assert commands and all(command[3:7] == [*overrides] for command in commands)
+    assert f"--output={folder}/jobs/report-%j.out" in options
+    commands = [shlex.split(line) for line in lines if "-m stages.cli" in line]
+    assert len(commands) >= 5 and all(command[command.index("stages.cli") + 2] == folder for command in commands)
 
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp", "humaneval_plus"])
