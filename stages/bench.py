@@ -94,6 +94,11 @@ def options_of(args: argparse.Namespace) -> ThroughputConfig:
     if bool(args.shape) == bool(args.targets):
         raise UserError("give CHECKPOINTs or RUNs to measure, or --shape CONFIG, and not both")
     choose("backend", args.backend, NAMES)
+    for option in ("h", "mixers"):
+        if getattr(args, option) and not args.shape:
+            raise UserError(
+                f"--{option} is of hybrids of a shape, and needs --shape CONFIG; checkpoints are as they are"
+            )
     if args.device:
         named_only(args.device)
         if not args.shape:
@@ -184,8 +189,8 @@ def of_shape(args: argparse.Namespace, options: ThroughputConfig, dtype: str) ->
     """Measure models of random weights, or predict them."""
     config: RunConfig = read_config(args.shape, [])
     teacher = teacher_config(config)
-    blocks = shapes.check_blocks(numbers("--h", args.h, 0), teacher.num_hidden_layers)
-    mixers = [choose("mixer", name.strip(), available()) for name in args.mixers.split(",")]
+    blocks = shapes.check_blocks(numbers("--h", args.h or "0", 0), teacher.num_hidden_layers)
+    mixers = [choose("mixer", name.strip(), available()) for name in (args.mixers or "mamba1,mamba2").split(",")]
     if not args.dtype and args.device not in ("", THIS):
         dtype = "bfloat16"  # what the figures of named devices are for
     width = DTYPES[dtype].itemsize

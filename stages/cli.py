@@ -130,12 +130,9 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     add("targets", nargs="*", metavar="CHECKPOINT|RUN", help="what to measure")
     add("--shape", metavar="CONFIG", default="", help="in their place: random weights, or a prediction, of its teacher")
     add(
-        "--h",
-        default="0",
-        metavar="H,H",
-        help="of --shape: replaced blocks of each hybrid (default: the teacher alone)",
+        "--h", default="", metavar="H,H", help="of --shape: replaced blocks of each hybrid (default: the teacher alone)"
     )
-    add("--mixers", default="mamba1,mamba2", metavar="M,M", help="of --shape: their mixers (default: %(default)s)")
+    add("--mixers", default="", metavar="M,M", help="of --shape: their mixers (default: mamba1,mamba2)")
     add("--device", default="", help="of --shape: predict for this one (h100, a100, ...; this: as measured here)")
     add("--backend", default="hf", help="hf (our decode loop) or vllm (default: %(default)s)")
     add("--batches", default="1,32", metavar="B,B", help="sequences at a time (default: %(default)s)")

@@ -389,6 +389,8 @@ MEASUREMENTS = [
     ([*SHAPE, "--h", "-1"], "--h"),
     ([*SHAPE, "--mixers", "mamba3"], "did you mean 'mamba2'"),
     (["bench", "--shape", "dmeo"], "did you mean 'demo'"),
+    (["bench", "{tiny}/teacher", "--h", "1"], "--h is of hybrids of a shape"),
+    (["bench", "{tiny}/teacher", "--mixers", "mamba2"], "--mixers is of hybrids of a shape"),
     (["export", "{tiny}/teacher", "--to", "hf-native", "--output", "{tmp}/out"], "is no hybrid of ours"),
     (["export", "{tmp}/nowhere", "--to", "hf-native", "--output", "{tmp}/out"], "no folder"),
     (["export", "{tiny}/teacher", "--to", "gguff", "--output", "{tmp}/out"], "unknown target 'gguff'"),
