@@ -137,7 +137,7 @@ def test_bad_input_before_anything_is_submitted(config: Path, tmp_path: Path, mo
     where = ["submit", config, f"run_dir={tmp_path}/run"]
     for more, message in (
         (["slurm.partition=mian"], "no such partition (did you mean 'main'?); it has main, urgent"),
-        (["slurm.nodes=9"], "the scheduler refuses a job of kind 'train'"),
+        (["slurm.nodes=4"], "the scheduler refuses a job of kind 'train'"),
     ):
         done = distill(*where, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
