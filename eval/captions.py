@@ -13,7 +13,7 @@ CAPTIONS = {
         "Accuracy by distance",
         "Per cent of the answers that are right, by how far they must reach. The shade deepens with what is wrong; "
         "bold stands apart from the teacher (95% Wilson intervals that do not meet), any other difference may be "
-        "chance. From the step <code>measure</code>; with the intervals in by_distance.csv.",
+        "chance. From the step <code>measure</code>; with the intervals in tables/by_distance.csv.",
     ),
     "placement": (
         "Placement",
@@ -34,13 +34,13 @@ CAPTIONS = {
     "tasks": (
         "Accuracy by task",
         "Bars with one standard error; hatched bars are stages trained further. Generative tasks first, as the records "
-        "list them. From the step <code>measure</code>; with the number of questions in tasks.csv.",
+        "list them. From the step <code>measure</code>; with the number of questions in tables/tasks.csv.",
     ),
     "ranks": (
         "Importance",
         "The order of the blocks, by their numbers, in the score of each stage; the most important is at the bottom. "
         "A line that rises or falls is a change of rank among the blocks that are left; it ends where its block was "
-        "replaced. From the step <code>score</code>; the scores are in importance.csv.",
+        "replaced. From the step <code>score</code>; the scores are in tables/importance.csv.",
     ),
     "throughput": (
         "Throughput against context",
@@ -51,7 +51,7 @@ CAPTIONS = {
     "prefill": (
         "Prefill",
         "Time to the first token of a whole batch against the length of its prompts, the band its quartiles; prefill "
-        "in tokens a second is on hover and in prefill.csv. From the step <code>measure</code>.",
+        "in tokens a second is on hover and in tables/prefill.csv. From the step <code>measure</code>.",
     ),
     "memory": (
         "Memory against sequence length",
@@ -88,16 +88,16 @@ JOINT = (
 )
 DIFFERENCES = (
     "Keys of the resolved configs that differ (where a run lacks a key, its default counts); where a run lies and what "
-    "it is called left out. In differences.csv."
+    "it is called left out. In tables/differences.csv."
 )
 COST = (
     "Tokens are those of the row's own training; wall time is of the finished steps. From <code>step.json</code> of "
-    "each step; by step in cost.csv."
+    "each step; by step in tables/cost.csv."
 )
 TABLE = (
     "Accuracies in per cent, ± one standard error; a mean stands where all its tasks were measured. ● is "
     "on the Pareto frontier. Tokens/s: output tokens{protocol}; vs teacher: against the teacher timed in "
     "the same run. KV + state: keys and values + states of the other mixers in the cache of the whole batch"
     "{cache}. Tokens count along the lineage; min: minutes of the row's own training. From the steps "
-    " <code>measure</code> and <code>train</code>; in full precision in stages.csv."
+    " <code>measure</code> and <code>train</code>; in full precision in tables/stages.csv."
 )

@@ -65,7 +65,7 @@ def joint_page(
     section, caption = captions.CAPTIONS["pareto"]
     caption += " A colour is a run, a square a stage trained further, a triangle a model measured elsewhere."
     parts = [page.heading(section), page.figure(section, "", joint.inline if joint else {}, caption)]
-    told = captions.JOINT.format(protocol=escape(protocol(runs)), file="models.csv")
+    told = captions.JOINT.format(protocol=escape(protocol(runs)), file="tables/models.csv")
     parts += [page.heading("Models"), page.table(tables.joint_rows(frame), list(frame["frontier"]), told)]
     parts.append(page.heading("What differs"))
     if len(differences):
@@ -97,7 +97,7 @@ def _stages(run: Run, frame: pd.DataFrame, external: pd.DataFrame | None) -> lis
     caption = captions.TABLE.format(protocol=escape(protocol([run])), cache=_at_cache(own))
     parts = [page.heading("Stages"), page.table(tables.table_rows(own, tasks_of(run)), list(own["frontier"]), caption)]
     if external is not None and len(external):
-        told = captions.JOINT.format(protocol=escape(protocol([run])), file="external.csv")
+        told = captions.JOINT.format(protocol=escape(protocol([run])), file="tables/external.csv")
         parts += [
             page.heading("Measured elsewhere"),
             page.table(tables.joint_rows(external), list(external["frontier"]), told),
