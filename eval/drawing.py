@@ -127,7 +127,7 @@ def stage_of(model: str) -> str:
 
 
 def marker(model: str) -> str:
-    """A diamond for the teacher, a circle for a stage, a square for what was made of one: by training, or a GGUF file."""
+    """A diamond for the teacher, a circle for a stage, a square for what was made of one (trained further, a GGUF)."""
     return "D" if model == "teacher" else "o" if stage_of(model) == model else "s"
 
 
