@@ -78,7 +78,7 @@ def test_llama_cpp_computes_the_same(saved_hybrid: SaveHybrid, seed: int, tmp_pa
     assert read_config(file).mixers == hybrid.config.mixers
 
 
-@pytest.mark.parametrize("blocks", [[2, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8], list(range(10)), []])
+@pytest.mark.parametrize("blocks", [[2, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8], []])
 def test_the_embedded_teachers_hybrids_say_the_same(blocks: list[int], tmp_path: Path) -> None:
     teacher, tokenizer = load_model("embedded"), load_tokenizer("embedded")
     mixers = ["mamba2" if block in blocks else "attention" for block in range(10)]
@@ -143,12 +143,13 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does(make: Any, cores: Any, tmp_
     gguf.export(tmp_path / "hybrid", tmp_path / "out.gguf")
     file = File(tmp_path / "out.gguf", words_only=True)
     back = read_tokenizer(file)
+    lead = " " if file.value("tokenizer.ggml.model") == "llama" else ""
     for text in TEXTS:
         expected = tokenizer(text)["input_ids"]
         assert file.tokenize(text, ends=True) == expected, text
         assert back(text)["input_ids"] == expected
         if "�" not in tokenizer.decode(expected):
-            assert file.detokenize(expected) == tokenizer.decode(expected)
+            assert file.detokenize(expected).removeprefix(lead) == tokenizer.decode(expected)
 
 
 def test_texts_of_the_families_are_read_as_they_were_in_training(
