@@ -79,6 +79,6 @@ def measured_beside(
     shape = llama_cpp.shape_of(asked.file, asked.config, dtype)
     engine = Model(name, asked.file, shape, torch.get_num_threads(), dtype)
     teacher = load_model(context.config.teacher, dtype)
-    record = {"name": name, "replaced": stage.replaced, "num_blocks": stage.num_blocks, **spent}
+    record = {"name": name, "replaced": stage.replaced, "num_blocks": stage.num_blocks, **spent, "backend": "llama.cpp"}
     found = figures(context, {"teacher": teacher, name: engine}, target, folder, asked)
     write_json(folder / "measure.json", {**record, **found})
