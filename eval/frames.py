@@ -90,8 +90,8 @@ def _row(
         "tokens": number(measure, "tokens"),
         "minutes": number(measure, "minutes") if "minutes" in measure or not train else number(train, "minutes"),
     }
-    row["backend"] = measure.get("backend", "hf")
-    return row | _spread(measure, headline, teacher) | _cache(measure, teacher=index == 0)
+    backend = {"backend": measure.get("backend", "hf")}
+    return row | _spread(measure, headline, teacher) | _cache(measure, teacher=index == 0) | backend
 
 
 def _spread(measure: Record, headline: Record, teacher: float) -> dict[str, float]:
