@@ -22,9 +22,9 @@ __all__ = ["config_of", "file_step", "found", "is_gguf", "language_model", "meas
 
 def found(target: str) -> str:
     """The GGUF file that CHECKPOINT names; UserError where it cannot be opened here."""
-    check_installed()
     path = Path(target).expanduser()
     check_file(path)
+    check_installed()
     return str(path)
 
 
