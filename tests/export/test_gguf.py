@@ -258,10 +258,15 @@ def test_sequences_do_not_know_of_one_another_and_go_back(saved_hybrid: SaveHybr
     np.testing.assert_allclose(context.step({0: 8, 1: 8, 2: 8}), once, atol=1e-6)
 
 
-def test_the_origin_is_in_the_file(saved_hybrid: SaveHybrid, tmp_path: Path) -> None:
-    saved_hybrid(1, tmp_path / "hybrid", "qwen2")
+def test_the_origin_is_in_the_file_and_shards_make_no_difference(saved_hybrid: SaveHybrid, tmp_path: Path) -> None:
+    hybrid = saved_hybrid(1, tmp_path / "hybrid", "qwen2")
     build_tokenizer().save_pretrained(tmp_path / "hybrid")
     lineage = [{"name": "H1-2/3", "tokens": 7}]
     (tmp_path / "hybrid/lineage.json").write_text(json.dumps(lineage))
     gguf.export(tmp_path / "hybrid", tmp_path / "out.gguf")
     assert File(tmp_path / "out.gguf", words_only=True).keys(gguf.LINEAGE) == lineage
+    (tmp_path / "hybrid/model.safetensors").unlink()
+    hybrid.save_pretrained(tmp_path / "hybrid", max_shard_size="20KB")
+    assert len(list((tmp_path / "hybrid").glob("model-*.safetensors"))) > 2
+    gguf.export(tmp_path / "hybrid", tmp_path / "sharded.gguf")
+    assert (tmp_path / "sharded.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
