@@ -184,7 +184,10 @@ def sentencepiece(folder: Path, content: Mapping[str, Any]) -> Vocabulary:
 
 
 def space_prefix(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Whether a space goes before a text; UserError for what else is done to text before it is cut."""
+    """Whether a space goes before a text; UserError for what else is done to text before it is cut.
+
+    llama.cpp puts it behind every special token, too, as older tokenizers do; newer ones (``first``) do not.
+    """
     prefix = False
     for part in (*sequence(content, "normalizer"), *sequence(content, "pre_tokenizer")):
         if part["type"] == "Prepend" and part["prepend"] == "▁":
