@@ -300,12 +300,6 @@ class DistillTrainer(LanguageTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
-    def heldout_loss(self, rows: Any) -> float:
-        """``heldout_loss`` of the model as it is trained, by all processes together."""
-        with distributed.unwatched():
-            size = self.args.per_device_eval_batch_size
-            return heldout_loss(self.model_wrapped, self.teacher, rows, size, self.loss, self.temperature)
-
 
 @torch.no_grad()
 def heldout_loss(
