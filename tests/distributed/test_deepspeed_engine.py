@@ -82,7 +82,7 @@ def test_it_fine_tunes_as_one_process(one: Path, tmp_path: Path, config: str, pr
 
 def test_bfloat16_trains_on_float32_weights(swapped: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for verb in ("score", "place", "swap/checkpoint"):
+    for verb in ("score", "place", "swap"):
         assert main([verb, str(swapped.with_name("tiny.yaml")), f"run_dir={run}", "dtype=bfloat16"]) == 0
     code, said = train(2, run, *OPTIONS, "engine.name=deepspeed", "engine.config=zero2")
     assert code == 0, said
