@@ -93,6 +93,17 @@ def offloaded(engine: EngineConfig) -> tuple[bool, bool]:
     return optimizer != "none", weights != "none"
 
 
+def buffered(engine: EngineConfig, hidden: int) -> float:
+    """How many gradients DeepSpeed's buffers hold on the way to the other processes, for a hidden size: one buffer, two
+    where sending overlaps with computing. It takes their memory whatever the size of the model."""
+    if engine.name != "deepspeed":
+        return 0.0
+    zero = read_deepspeed(engine)["zero_optimization"]
+    size = zero.get("reduce_bucket_size", 5e8)  # its default; 2 GB
+    two = zero.get("overlap_comm", False) and zero.get("stage", 0) < 3
+    return (hidden**2 if size == "auto" else float(size)) * (1 + two)
+
+
 def check_engine(engine: EngineConfig, train: TrainConfig, dtype: str, world: int, key: str = "train") -> None:
     """Raise UserError where an engine cannot be had, contradicts the run, or cannot share its batch (``key``: the part
     of the config that says how it is trained)."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.config import RunConfig
-from distill.engine import engine_of, offloaded, teacher_mode_of, zero_stage
+from distill.engine import buffered, engine_of, offloaded, teacher_mode_of, zero_stage
 from distill.hybrid.config import head_dim
 
 FLOAT = 4.0
@@ -108,6 +108,7 @@ def footprint(config: RunConfig, shape: Any, mixers: list[str], counts: Counts, 
         weights += half * counts.student  # what autocast keeps of the products' weights for one forward
     gradients = FLOAT * counts.trained * (2 if ddp else 1)  # and the buckets that DDP sends
     gradients /= processes if stage >= 2 else 1
+    gradients += FLOAT * buffered(engine, shape.hidden_size)
     masters = FLOAT if engine.name == "deepspeed" else 0.0
     optimizer = (2 * FLOAT + masters) * counts.trained / (processes if stage >= 1 else 1)
     teacher, waiting = teacher_bytes(teacher_mode_of(train, engine), counts, half, processes)
