@@ -42,7 +42,8 @@ $(UPSTREAM)/ready: $(STAMP)
 	touch $@
 
 test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
-	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed
+	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed \
+		tests/test_global_batch.py
 
 test-slurm: $(STAMP)  ## a run through a real Slurm on this machine's loopback, set up and stopped again (root, Debian)
 	$(BIN)/python -m pytest -m slurm tests/slurm

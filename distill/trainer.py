@@ -104,6 +104,13 @@ class LanguageTrainer(Trainer):
             return {name: tensor for name, tensor in state.items() if name not in tied} if state else {}
         return None
 
+    def get_train_dataloader(self) -> Any:
+        """The rows, prepared by processes that a signal to the whole job does not end."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # Accelerate wraps it
+        inner.worker_init_fn = partial(interrupt.spare, inner.worker_init_fn)
+        return loader
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, parameters with a learning rate of their own in groups of their own."""
         fresh = self.optimizer is None

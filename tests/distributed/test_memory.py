@@ -36,7 +36,7 @@ def test_the_peak_of_one_of_two_is_within_a_fifth(tmp_path: Path, engine: str, c
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     measured = json.loads((tmp_path / "peak.json").read_text())
     run = memory_worker.run_of(engine, config)
-    lines = memory_lines(run, memory_worker.shape(), memory_worker.MIXERS, 2)
+    lines = memory_lines(run, memory_worker.shape(), memory_worker.mixers_of(run), 2)
     told = float(lines[0].split(": ")[1].split(" GB")[0]) * 1e9
     print(f"{engine} {config}: {told / 1e6:.1f} MB told, {measured / 1e6:.1f} MB measured; {lines[1].strip()}")
     assert told == pytest.approx(measured, rel=0.2), lines
