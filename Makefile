@@ -43,7 +43,8 @@ $(UPSTREAM)/ready: $(STAMP)
 	touch $@
 
 test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
-	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed
+	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed \
+		tests/test_global_batch.py
 
 test-gguf: $(GGUF)/installed  ## hybrids in llama.cpp: logits, text, tokenizers (compiles it the first time)
 	OMP_NUM_THREADS=1 $(GGUF)/bin/python -m pytest -m gguf tests/export tests/stages/test_gguf_files.py

@@ -68,7 +68,7 @@ def compare(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
             for who in CONTENDERS[:: -1 if turn % 2 else 1]:  # there and back
                 new = one(what, who, vocabulary, args)
                 old = found[what].setdefault(who, new)
-                old.update({key: min(old[key], new[key]) for key in ("seconds", "busy", "peak")})
+                old.update({key: min(old[key], new[key]) for key in new if key not in ("value", "parameters")})
         values = {who: row["value"] for who, row in found[what].items()}
         if max(values.values()) - min(values.values()) > 1e-4 * max(values.values()):
             sys.exit(f"the contenders compute different losses: {values}")
@@ -76,12 +76,13 @@ def compare(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
             figures = f"{row['seconds']:9.2f} s  (cores busy {row['busy']:8.2f} s){row['peak'] / 2**20:9,.0f} MiB"
             print(f"  V {vocabulary:7,}  {what}  {who:14s}{figures}", flush=True)
     loss, step = found["loss"], found["step"]
-    roofline = loss["ours"]["products"]
+    busy = loss["ours"]["busy"]
     return {
         "loss_speed_ratio_best_peer": min(loss[who]["seconds"] for who in PEERS) / loss["ours"]["seconds"],
         "loss_speed_ratio": {who: loss[who]["seconds"] / loss["ours"]["seconds"] for who in CONTENDERS[1:]},
         "loss_busy_ratio_best_peer": min(loss[who]["busy"] for who in PEERS) / loss["ours"]["busy"],
-        "loss_share_of_products": roofline / loss["ours"]["seconds"],
+        "loss_share_of_products": loss["ours"]["products"] / busy,
+        "products_ratio_mm": loss["ours"]["products_mm"] / loss["ours"]["products"],
         "tokens_per_s_ratio_trl": step["trl"]["seconds"] / step["ours"]["seconds"],
         "tokens_per_s": {who: args.tokens / row["seconds"] for who, row in step.items()},
         "peak_memory_ratio_plain": step["ours"]["peak"] / step["plain"]["peak"],
@@ -120,31 +121,40 @@ def measure(what: str, who: str, vocabulary: int, args: argparse.Namespace) -> d
         spent.append(time.process_time() - busy)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if what == "loss" and who == "ours":
-        more["products"] = products(vocabulary, args.tokens)
+        more |= products(vocabulary, args.tokens)
     return {"seconds": min(times), "busy": min(spent), "peak": peak, "value": value, **more}
 
 
-def products(vocabulary: int, tokens: int) -> float:
-    """Least seconds of the four matrix products that any exact loss makes, each at this chunk and vocabulary."""
+def products(vocabulary: int, tokens: int) -> dict[str, float]:
+    """Least busy seconds of the four matrix products that any exact loss makes, each at this chunk and vocabulary: by
+    oneDNN where we take it, and by PyTorch's ``mm`` alone, as the peers do."""
     import torch
+
+    from distill.ops.linear_cpu import linear
 
     n, chunk = targets_of(tokens), min(targets_of(tokens), 512)
     h, weight, logits = torch.randn(chunk, WIDTH), torch.randn(vocabulary, WIDTH), torch.randn(chunk, vocabulary)
-    calls = (
-        lambda: torch.mm(h, weight.T, out=logits),
-        lambda: torch.mm(logits, weight, out=h),
-        lambda: torch.mm(logits.T, h, out=weight),
-    )
-    each = []
-    for call in calls:
+    few, gradient = h[: max((1 << 25) // (4 * vocabulary), 1)], torch.zeros(vocabulary, WIDTH)
+    calls: dict[str, tuple[int, Callable[[], Any]]] = {
+        "logits": (len(few), lambda: linear(few, weight)),
+        "hidden": (chunk, lambda: linear(logits, weight.T)),
+        "head": (chunk, lambda: gradient.addmm_(logits.T, h)),
+        "logits_mm": (chunk, lambda: torch.mm(h, weight.T, out=logits)),
+        "hidden_mm": (chunk, lambda: torch.mm(logits, weight, out=h)),
+    }
+    each = {}
+    for name, (rows, call) in calls.items():
         call()
         times = []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             call()
-            times.append(time.perf_counter() - began)
-        each.append(min(times))
-    return (2 * each[0] + each[1] + each[2]) * n / chunk
+            times.append(time.process_time() - began)
+        each[name] = min(times) * n / rows
+    return {
+        "products": 2 * each["logits"] + each["hidden"] + each["head"],
+        "products_mm": 2 * each["logits_mm"] + each["hidden_mm"] + each["head"],
+    }
 
 
 def targets_of(tokens: int) -> int:

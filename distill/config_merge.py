@@ -236,14 +236,21 @@ def dump_config(config: RunConfig | PretrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def _places(kind: Any, key: str, prefix: str = "") -> list[str]:
+    """Dotted keys that end in ``key``, of the parts of a config."""
+    parts = {name: hint for name, hint in get_type_hints(kind).items() if is_dataclass(hint)}
+    found = [f"{prefix}{name}.{key}" for name, hint in parts.items() if key in get_type_hints(hint)]
+    return found + [place for name, hint in parts.items() for place in _places(hint, key, f"{prefix}{name}.")]
+
+
 def _check_keys(kind: Any, layer: Any, where: str, prefix: str = "") -> None:
     """Refuse keys that the dataclass does not have; OmegaConf's own message does not name the nearest."""
     known = get_type_hints(kind)
     for key, value in (layer or {}).items():
         if key not in known:
-            raise UserError(
-                f"{where}: unknown key '{prefix}{key}'{nearest(str(key), known)}; allowed: {', '.join(known)}"
-            )
+            deeper = "" if prefix else " or ".join(f"'{place}'" for place in _places(kind, str(key)))
+            hint = f" (did you mean {deeper}?)" if deeper else nearest(str(key), known)
+            raise UserError(f"{where}: unknown key '{prefix}{key}'{hint}; allowed: {', '.join(known)}")
         nested, items = known[key], get_args(known[key])
         if is_dataclass(nested) and isinstance(value, dict):
             _check_keys(nested, value, where, f"{prefix}{key}.")

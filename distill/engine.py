@@ -22,6 +22,8 @@ from distill.config import EngineConfig, TrainConfig
 from distill.errors import UserError, choose, nearest
 
 ENGINES = ("auto", "none", "ddp", "deepspeed", "fsdp")
+NEED_LAUNCHER = ("deepspeed", "fsdp")
+"""Engines that train by a job's processes even where it has a single one."""
 FSDP = {
     "full": {"reshard_after_forward": True},
     "grad_op": {"reshard_after_forward": False},
@@ -73,6 +75,13 @@ def check_teacher_mode(train: TrainConfig, engine: EngineConfig | None) -> None:
         )
 
 
+def teacher_mode_of(train: TrainConfig, engine: EngineConfig) -> str:
+    """Where the teacher of a training is: ``train.teacher_mode``, or what ``auto`` stands for."""
+    if train.teacher_mode != "auto":
+        return train.teacher_mode
+    return "sharded" if sharded(engine) else "whole"
+
+
 def offloaded(engine: EngineConfig) -> tuple[bool, bool]:
     """Whether the optimizer's state, and the weights, wait in the CPU's memory."""
     if engine.name == "fsdp":
@@ -84,8 +93,20 @@ def offloaded(engine: EngineConfig) -> tuple[bool, bool]:
     return optimizer != "none", weights != "none"
 
 
-def check_engine(engine: EngineConfig, train: TrainConfig, dtype: str, world: int) -> None:
-    """Raise UserError where an engine cannot be had, contradicts the run, or cannot share its batch."""
+def buffered(engine: EngineConfig, hidden: int) -> float:
+    """How many gradients DeepSpeed's buffers hold on the way to the other processes, for a hidden size: one buffer, two
+    where sending overlaps with computing. It takes their memory whatever the size of the model."""
+    if engine.name != "deepspeed":
+        return 0.0
+    zero = read_deepspeed(engine)["zero_optimization"]
+    size = zero.get("reduce_bucket_size", 5e8)  # its default; 2 GB
+    two = zero.get("overlap_comm", False) and zero.get("stage", 0) < 3
+    return (hidden**2 if size == "auto" else float(size)) * (1 + two)
+
+
+def check_engine(engine: EngineConfig, train: TrainConfig, dtype: str, world: int, key: str = "train") -> None:
+    """Raise UserError where an engine cannot be had, contradicts the run, or cannot share its batch (``key``: the part
+    of the config that says how it is trained)."""
     choose("engine.name", engine.name, ENGINES)
     if not engine.timeout >= 1:
         raise UserError(f"engine.timeout={engine.timeout} must be at least 1 second")
@@ -98,7 +119,7 @@ def check_engine(engine: EngineConfig, train: TrainConfig, dtype: str, world: in
         raise UserError(f"engine.name=none trains in one process, and {world} were started: set engine.name=ddp")
     if engine.name == "fsdp":
         choose("engine.config", engine.config or "full", FSDP)
-    check_shares(train, world)
+    check_shares(train, world, key)
     if engine.name == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(

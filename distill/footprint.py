@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.config import RunConfig
-from distill.engine import engine_of, offloaded, zero_stage
+from distill.engine import buffered, engine_of, offloaded, teacher_mode_of, zero_stage
 from distill.hybrid.config import head_dim
 
 FLOAT = 4.0
@@ -26,13 +26,16 @@ STATES = 256.0
 @dataclass(frozen=True)
 class Counts:
     """Parameters of the models: the student in all, what of it is trained, its largest block, its embeddings (and LM
-    head, unless tied), and the teacher in all."""
+    head, unless tied); the teacher in all, its largest block, what of it is in no block, and its LM head."""
 
     student: int
     trained: int
     block: int
     embeddings: int
     teacher: int
+    teacher_block: int
+    teacher_ends: int
+    teacher_head: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,24 @@ def loss_bytes(shape: Any, tokens: int, trains_head: bool) -> float:
     return 5 * chunk + head + 3 * tokens * shape.hidden_size * FLOAT
 
 
+def teacher_bytes(mode: str, counts: Counts, width: float, processes: int) -> tuple[float, float]:
+    """Bytes of the frozen teacher's weights, of ``width`` each, on a device, and in the CPU's memory: ``whole``;
+    ``sharded``, with two blocks and the head gathered; ``offload``, two blocks and what is in none on the device;
+    ``offline``, none."""
+    if mode == "sharded":
+        return width * (counts.teacher / processes + 2 * counts.teacher_block + counts.teacher_head), 0.0
+    if mode == "offload":
+        blocks = counts.teacher - counts.teacher_ends
+        return width * (min(2 * counts.teacher_block, blocks) + counts.teacher_ends), width * blocks
+    return (width * counts.teacher if mode == "whole" else 0.0), 0.0
+
+
+def stored_bytes(config: RunConfig, tokens: int) -> float:
+    """Bytes, before they are compressed, of an offline teacher's logits of ``tokens`` targets: a token, a
+    log-probability in half precision for each of the top k; a position and the rest's mass."""
+    return tokens * (6.0 * config.train.teacher_top_k + 8)
+
+
 def footprint(config: RunConfig, shape: Any, mixers: list[str], counts: Counts, processes: int) -> Footprint:
     """What one of ``processes`` devices holds in a step of a training, as ``config.engine`` shares it."""
     engine, train = config.engine, config.train
@@ -87,16 +108,14 @@ def footprint(config: RunConfig, shape: Any, mixers: list[str], counts: Counts, 
         weights += half * counts.student  # what autocast keeps of the products' weights for one forward
     gradients = FLOAT * counts.trained * (2 if ddp else 1)  # and the buckets that DDP sends
     gradients /= processes if stage >= 2 else 1
+    gradients += FLOAT * buffered(engine, shape.hidden_size)
     masters = FLOAT if engine.name == "deepspeed" else 0.0
     optimizer = (2 * FLOAT + masters) * counts.trained / (processes if stage >= 1 else 1)
-    teacher, one_block = half * counts.teacher, half * (2 * counts.block + counts.embeddings / 2)
-    mode = getattr(train, "teacher_mode", "auto")
-    if mode == "sharded" or (mode == "auto" and engine.name == "deepspeed" and stage == 3):
-        teacher = teacher / processes + one_block
-    elif mode in ("offload", "offline"):
-        teacher = one_block if mode == "offload" else 0.0
+    teacher, waiting = teacher_bytes(teacher_mode_of(train, engine), counts, half, processes)
     away_optimizer, away_weights = offloaded(engine)
     host = {"optimizer": optimizer} if away_optimizer else {}
+    if waiting:
+        host["teacher"] = waiting
     if away_weights:
         host["weights"], weights = weights - gathered, gathered
     kept = activations(config, shape, mixers, tokens)
@@ -125,14 +144,27 @@ def alternatives(config: RunConfig, processes: int) -> list[tuple[str, RunConfig
         f"{checkpointing} {accumulation}": lean,
     }
     found = [(name, replace(config, train=tried), processes) for name, tried in steps.items() if tried != train]
+    whole = teacher_mode_of(train, engine) == "whole"
+    for name, tried in {"": train, f"{checkpointing} {accumulation} ": lean}.items() if whole else ():
+        away = replace(config, train=replace(tried, teacher_mode="offload"))
+        found.append((f"{name}train.teacher_mode=offload", away, processes))
     for name in ("zero2", "zero3", "zero3_offload") if processes > 1 else ("zero3_offload",):
+        if train.teacher_mode == "sharded" and not name.startswith("zero3"):
+            continue
         shared = replace(config, engine=replace(engine, name="deepspeed", config=name))
         found.append((f"engine.name=deepspeed engine.config={name}", shared, processes))
         more = f"engine.name=deepspeed engine.config={name} {checkpointing} {accumulation}"
         found.append((more, replace(shared, train=lean), processes))
+        if train.teacher_mode == "whole" and name == "zero3":
+            parts = replace(shared, train=replace(lean, teacher_mode="sharded"))
+            found.append((f"{more} train.teacher_mode=sharded", parts, processes))
     for times in (2, 4, 8, 16, 32, 64):
         if train.batch_size % (processes * times * train.gradient_accumulation) == 0:
             shared = replace(config, engine=replace(engine, name="deepspeed", config="zero3"))
             name = f"{processes * times} devices with engine.name=deepspeed engine.config=zero3 {checkpointing}"
             found.append((name, replace(shared, train=steps[checkpointing]), processes * times))
+    if train.teacher_mode != "offline":
+        for name, tried in {"": train, f"{checkpointing} {accumulation} ": lean}.items():
+            stored = replace(config, train=replace(tried, teacher_mode="offline"))
+            found.append((f"{name}train.teacher_mode=offline, an approximation,", stored, processes))
     return found

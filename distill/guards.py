@@ -106,7 +106,8 @@ class Guard(TrainerCallback):
     def __init__(self, policy: str, spike: float, record: Path, key: str = "train") -> None:
         self.policy, self.spike, self.record, self.key = policy, spike, record, key
         self.loss = 0.0
-        self.bad = {event["step"] for event in read_events(record)}
+        # of the process that writes it: another might not see its newest line yet
+        self.bad: set[int] = set(distributed.agreed(lambda: [event["step"] for event in read_events(record)]))
 
     def take(self, loss: torch.Tensor) -> None:
         """Add the loss of a micro-batch of this process, as it counts in the global batch's times the processes."""

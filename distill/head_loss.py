@@ -4,8 +4,8 @@ Legend: n = valid target tokens, m = tokens of a chunk, V = vocabulary, E = hidd
 
 What costs is four matrix products a chunk, none of them twice: both heads' logits, the gradient of the hidden states
 and that of the student's head (left out where it is frozen). The gradients are made in forward, while the logits of the
-chunk are there; backward only scales them. Of [m, V] tensors there are two at a time where a compiled kernel takes the
-chunk (``distill/ops/divergence_cpu.py``), a few more in plain PyTorch.
+chunk are there; backward only scales them. Of [m, V] tensors there are one and two small ones where a compiled kernel
+takes the chunk (``distill/ops/divergence_cpu.py``), a few more in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.nn.functional import log_softmax
 from distill.ops.kernels import has_numba
 
 CHUNK_BYTES = 1 << 26  # the largest [m, V] tensor in plain PyTorch, which holds several
-COMPILED_BYTES = 1 << 28  # the same of the two that the compiled kernel needs
+COMPILED_BYTES = 1 << 28  # the same of the gradient that the compiled kernel makes
+LOGITS_BYTES = 1 << 25  # and of the logits it makes it from: as much as the C library's allocator gives again
 COMPILED_VOCABULARY = 4096
 """Where the compiled kernel begins: below, the whole loss is a small part of a step, and plain PyTorch as good."""
 
@@ -41,26 +42,17 @@ class Loss:
 class TeacherLogits(Protocol):
     """Where a chunk's teacher logits [m, V] come from."""
 
-    def __call__(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """Logits of the tokens ``part``, written to ``out`` if it is given."""
+    def __call__(self, part: slice, multiply: Callable[..., Tensor] = nn.functional.linear) -> Tensor:
+        """Logits of the tokens ``part``, by ``multiply(rows, weight, bias)`` where they are a product."""
         ...
-
-
-def linear_into(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``linear(rows, weight, bias)`` into ``out`` [m, V], whatever the types."""
-    if rows.dtype == weight.dtype == out.dtype:
-        return torch.mm(rows, weight.T, out=out) if bias is None else torch.addmm(bias, rows, weight.T, out=out)
-    return out.copy_(nn.functional.linear(rows, weight, bias))
 
 
 @contextmanager
 def head_logits(rows: Tensor, head: nn.Module) -> Iterator[TeacherLogits]:
     """The logits of a frozen head on its hidden states [n, E]; a sharded head is whole within, gathered once."""
 
-    def logits(part: slice, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            return nn.functional.linear(rows[part], weight, bias)
-        return linear_into(out, rows[part], weight, bias)
+    def logits(part: slice, multiply: Callable[..., Tensor] = nn.functional.linear) -> Tensor:
+        return multiply(rows[part], weight, bias)
 
     with whole_in_zero(head):
         weight, bias = whole_weights(head)
@@ -192,30 +184,36 @@ def in_compiled_chunks(
     count: Tensor | float,
     gradients: Gradients,
 ) -> Tensor:
-    """Sum of the loss over all tokens; two buffers [m, V] serve every chunk, one of which becomes the gradient."""
+    """Sum of the loss over all tokens. The gradient of a chunk's logits fills one buffer [m, V], from the logits of a
+    few of its tokens at a time."""
     from distill.ops.divergence_cpu import divergence
+    from distill.ops.linear_cpu import linear
 
     n, vocabulary = len(rows), len(weight)
     size = max(1, min(n, COMPILED_BYTES // (vocabulary * 4)))
-    student = rows.new_empty(size, vocabulary)
-    other = rows.new_empty(size, vocabulary) if teacher is not None and loss.needs_teacher else student
+    some = max(1, min(size, LOGITS_BYTES // (vocabulary * 4)))
+    buffer = rows.new_empty(size, vocabulary) if gradients.wanted() else None
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, n, size):
-        part = slice(start, min(start + size, n))
-        h, z, t = rows[part], student[: part.stop - start], other[: part.stop - start]
-        linear_into(z, h, weight, bias)
-        if teacher is not None and loss.needs_teacher:
-            teacher(part, t)
-        total += divergence(
-            z, t, targets[part], **loss.terms, temperature=temperature, scale=1 / float(count),
-            gradient=gradients.wanted(),
-        ).sum()  # fmt: skip
+        chunk = slice(start, min(start + size, n))
+        gradient = buffer[: chunk.stop - start] if buffer is not None else None
+        for first in range(start, chunk.stop, some):
+            part = slice(first, min(first + some, chunk.stop))
+            student = linear(rows[part], weight, bias)
+            other = teacher(part, linear).to(student.dtype) if teacher is not None and loss.needs_teacher else student
+            out = gradient[first - start : part.stop - start] if gradient is not None else None
+            total += divergence(
+                student, other, targets[part], **loss.terms, temperature=temperature, scale=1 / float(count),
+                gradient=out,
+            ).sum()  # fmt: skip
+        if gradient is None:
+            continue
         if gradients.rows is not None:
-            torch.mm(z, weight, out=gradients.rows[part])
+            gradients.rows[chunk] = linear(gradient, weight.T)
         if gradients.weight is not None:
-            gradients.weight.addmm_(z.T, h)
+            gradients.weight.addmm_(gradient.T, rows[chunk], beta=float(start > 0))
         if gradients.bias is not None:
-            gradients.bias += z.sum(0)
+            gradients.bias += gradient.sum(0)
     return total.to(rows.dtype)
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,17 @@ def deferred(*, for_another: bool = False) -> Iterator[None]:
         _deferred, _silent = before
     if _asked is not None and not for_another:
         raise Stopped(_asked)
+
+
+def spare(initialise: Callable[[int], None] | None, number: int) -> None:
+    """Begin process ``number`` of those that prepare a training's rows, such that it outlives the signal that asks the
+    training for a checkpoint: launchers, schedulers and terminals send that to it, too. A second SIGTERM ends it, as is
+    done with those that are left at the end; ``initialise(number)`` is what else is to be done."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+    for other in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(other, signal.SIG_IGN)
+    if initialise is not None:
+        initialise(number)
 
 
 def asked() -> bool:

@@ -109,7 +109,8 @@ class KeepSteps(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """At every checkpoint takes the held-out loss, and keeps the weights where it is the lowest so far.
+    """At every checkpoint that the config asks for (not where a signal did: time is short), and at the end, takes the
+    held-out loss, and keeps the weights where it is the lowest so far.
 
     Args:
         target: the model's folder; ``best.json`` beside it says which it is (step, eval_loss).
@@ -121,7 +122,8 @@ class KeepBest(TrainerCallback):
         self.target, self.evaluate, self.save = target, evaluate, save
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if not (control.should_save or state.global_step == state.max_steps):
+        planned = args.save_strategy == "steps" and state.global_step % args.save_steps == 0
+        if not (planned or state.global_step == state.max_steps):
             return
         record = self.target.with_name("best.json")
         best = distributed.agreed(lambda: read_json(record) if record.is_file() and self.target.is_dir() else None)

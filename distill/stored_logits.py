@@ -82,12 +82,10 @@ class StoredLogits:
         others = vocabulary - tokens.shape[1]
         self.other = rest.unsqueeze(1) - math.log(others) if others else torch.zeros_like(rest.unsqueeze(1))
 
-    def __call__(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """Log-probabilities of the targets ``part``, [m, V]."""
-        other = self.other[part]
-        out = other.new_empty(len(other), self.vocabulary) if out is None else out
-        out.copy_(other.expand_as(out))
-        return out.scatter_(1, self.tokens[part], self.log_probs[part].to(out.dtype))
+    def __call__(self, part: slice, multiply: object = None) -> Tensor:
+        """Log-probabilities of the targets ``part``, [m, V]; nothing is multiplied."""
+        logits = self.other[part].expand(-1, self.vocabulary).contiguous()
+        return logits.scatter_(1, self.tokens[part], self.log_probs[part].to(logits.dtype))
 
 
 class StoredRows:

@@ -104,6 +104,13 @@ class LanguageTrainer(Trainer):
             return {name: tensor for name, tensor in state.items() if name not in tied} if state else {}
         return None
 
+    def get_train_dataloader(self) -> Any:
+        """The rows, prepared by processes that a signal to the whole job does not end."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # Accelerate wraps it
+        inner.worker_init_fn = partial(interrupt.spare, inner.worker_init_fn)
+        return loader
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, parameters with a learning rate of their own in groups of their own."""
         fresh = self.optimizer is None
@@ -299,12 +306,6 @@ class DistillTrainer(LanguageTrainer):
         if num_items_in_batch is not None:  # ranks' gradients are averaged, the count is global
             loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
-
-    def heldout_loss(self, rows: Any) -> float:
-        """``heldout_loss`` of the model as it is trained, by all processes together."""
-        with distributed.unwatched():
-            size = self.args.per_device_eval_batch_size
-            return heldout_loss(self.model_wrapped, self.teacher, rows, size, self.loss, self.temperature)
 
 
 @torch.no_grad()

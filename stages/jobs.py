@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distill import interrupt
 from distill.config import SlurmConfig
+from distill.engine import NEED_LAUNCHER
 from distill.errors import UserError
 from distill.schedule import Stage
 
@@ -52,12 +53,14 @@ class Job:
         name: what the scheduler calls it.
         commands: arguments of ``distill``, one command after the other.
         tasks: indices of a job array: places of candidates among the blocks that still have attention.
+        launched: a launcher starts its process even where it is a single one.
     """
 
     key: str
     name: str
     commands: tuple[tuple[str, ...], ...]
     tasks: tuple[int, ...] = ()
+    launched: bool = False
 
     @property
     def kind(self) -> str:
@@ -70,14 +73,16 @@ class Job:
         return self.key.replace("/", "-")
 
 
-def chain(name: str, run: Path, stages: Sequence[Stage]) -> list[Job]:
-    """Every job of a run, in order; each waits for the one before it. ``run`` is the run folder."""
+def chain(name: str, run: Path, stages: Sequence[Stage], engine: str = "auto") -> list[Job]:
+    """Every job of a run, in order; each waits for the one before it. ``run`` is the run folder, ``engine`` what its
+    trainings are shared by."""
     jobs: list[Job] = []
     for stage in stages:
         for kind, verbs in VERBS.items():
             commands = tuple((verb, str(run), "--stage", str(stage.index + 1)) for verb in verbs)
             tasks = tuple(range(stage.num_blocks - stage.start.replaced)) if kind == "score" else ()
-            jobs.append(Job(f"{stage.folder}/{kind}", f"{name}-{stage.folder}-{kind}", commands, tasks))
+            launched = kind == "train" and engine in NEED_LAUNCHER
+            jobs.append(Job(f"{stage.folder}/{kind}", f"{name}-{stage.folder}-{kind}", commands, tasks, launched))
     jobs.append(Job("report", f"{name}-report", (("report", str(run)),)))
     return jobs
 
@@ -136,7 +141,7 @@ def training(slurm: SlurmConfig, job: Job) -> list[str]:
     (command,) = job.commands
     program, ranks = f"-m stages.cli {shlex.join(command)}", max(slurm.gpus_per_node, 1)
     lines: list[str] = []
-    if several := slurm.nodes * ranks > 1:
+    if launched := job.launched or slurm.nodes * ranks > 1:
         program = (
             f"-m distill.launch --nnodes={slurm.nodes} --nproc-per-node={ranks} --node-rank=$SLURM_NODEID "
             f"--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT {program}"
@@ -144,7 +149,7 @@ def training(slurm: SlurmConfig, job: Job) -> list[str]:
         lines = ["export MASTER_ADDR MASTER_PORT", "MASTER_ADDR=$(scontrol show hostnames | head -n 1)"]
         lines += [f"MASTER_PORT=$(({PORT} + SLURM_JOB_ID % 1000))"]
     program = f"{python(slurm)} {program}"
-    if several:  # which node this is, only a shell there can say
+    if launched:  # which node this is, only a shell there can say
         program = f"bash -c {shlex.quote(f'exec {program}')}"
     srun = " ".join(["srun", f"--cpus-per-task={slurm.cpus_per_task}", *slurm.srun])
     codes = "|".join(str(code) for code in AGAIN)

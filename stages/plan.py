@@ -20,10 +20,10 @@ from distill import export
 from distill.config import RunConfig
 from distill.data.mixture import describe, describe_survey, origins
 from distill.data.sources import check_place
-from distill.engine import check_shares, engine_of
+from distill.engine import check_shares, engine_of, teacher_mode_of
 from distill.errors import UserError
 from distill.export import gguf
-from distill.footprint import Counts, alternatives, footprint
+from distill.footprint import Counts, alternatives, footprint, stored_bytes
 from distill.groups import GROUPS, group_of
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
@@ -100,12 +100,16 @@ def counts_of(config: RunConfig, teacher: Any, mixers: list[str]) -> Counts:
     for name, parameter in hybrid.named_parameters():
         by_group[names[name]] += parameter.numel()
     student = sum(by_group.values())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in plain.model.layers]
     return Counts(
         student=student,
         trained=student - sum(by_group[group] for group in config.train.freeze),
         block=max(sum(p.numel() for p in block.parameters()) for block in hybrid.model.layers),
         embeddings=by_group["embeddings"],
         teacher=sum(p.numel() for p in plain.parameters()),
+        teacher_block=max(blocks),
+        teacher_ends=sum(p.numel() for p in plain.parameters()) - sum(blocks),
+        teacher_head=plain.lm_head.weight.numel(),
     )
 
 
@@ -127,7 +131,8 @@ def memory_lines(config: RunConfig, teacher: Any, mixers: list[str], devices: in
     lines = [
         f"memory    a device, {named}, {devices} process{'es' * (devices > 1)}: {found.at_once / GB:,.3g} GB at once"
     ]
-    lines.append(f"          {parts} (GB; activations estimated, the rest counted)")
+    mode = teacher_mode_of(config.train, config.engine)
+    lines.append(f"          {parts} (GB; activations estimated, the rest counted; teacher {mode})")
     if found.host:
         waiting = ", ".join(f"{name} {value / GB:,.3g} GB" for name, value in found.host.items())
         lines.append(f"          in the CPU's memory for each device: {waiting}")
@@ -139,7 +144,7 @@ def memory_lines(config: RunConfig, teacher: Any, mixers: list[str], devices: in
             ways += [f"{name} ({size / GB:,.3g} GB)"] if size <= SPARE * room else []
         raise UserError(
             f"a step takes {found.at_once / GB:,.3g} GB on each of {devices} devices ({named}), which have "
-            f"{room / GB:,.3g} GB: {parts}\n"
+            f"{room / GB:,.3g} GB: {parts} (teacher {mode})\n"
             + (f"what would fit: {'; '.join(ways[:4])}" if ways else "no engine and number of devices known here fits")
         )
     return lines
@@ -202,13 +207,16 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     final = size.total + max(stage.replaced for stage in stages) * (size.mixer - size.attention)
     models = sum(2 + len(stage.keep) for stage in stages)
     largest = max(stages, key=lambda stage: stage.replaced).replaced
+    offline = train.teacher_mode == "offline"
+    stored = sum(stored_bytes(config, stage.tokens) for stage in stages) if offline else 0.0
     placement = replace([ATTENTION] * blocks, list(range(largest)), config.mixer.of)
     lines += [
         "",
         f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by MMR included, LOO and "
         f"measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
         *memory_lines(config, teacher, placement, workers),
-        f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
+        f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints"
+        + (f"; the teacher's logits at most {stored / GB:,.3g} GB, before they are compressed" if stored else ""),
     ]
     return [*lines, pays_line(config, teacher), *serving_lines(config, teacher, placement)]
 

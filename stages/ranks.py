@@ -17,14 +17,14 @@ import torch
 
 from distill import distributed, interrupt
 from distill.config import RunConfig
-from distill.engine import check_engine, engine_of
+from distill.engine import NEED_LAUNCHER, check_engine, engine_of
 from distill.errors import UserError
 from distill.schedule import Stage
 from stages.common import open_run
 from stages.context import Context
 
 LOST = interrupt.LOST
-TRAINS = ("run", "train")
+TRAINS = ("run", "train", "sft")
 """Verbs that all processes have work in."""
 
 
@@ -33,7 +33,7 @@ def check_job(config: RunConfig, verb: str) -> None:
     world = distributed.size()
     if verb not in TRAINS:
         return
-    check_engine(config.engine, config.train, config.dtype, world)
+    check_engine(config.engine, config.train, config.dtype, world, "sft" if verb == "sft" else "train")
     if config.engine.name == "fsdp" and config.engine.config == "offload" and not torch.cuda.is_available():
         raise UserError("engine.config=offload moves weights off a GPU, and there is none here: set engine.config=full")
     if config.engine.name == "fsdp" and not torch.cuda.is_available() and config.kernels != "reference":
@@ -41,7 +41,7 @@ def check_job(config: RunConfig, verb: str) -> None:
             f"engine.name=fsdp on a CPU with kernels={config.kernels}: compiled kernels hold on to memory that FSDP2 "
             "gives back; set kernels=reference, or engine.name=ddp"
         )
-    if engine_of(config.engine, world) in ("deepspeed", "fsdp") and distributed.job() is None:
+    if engine_of(config.engine, world) in NEED_LAUNCHER and distributed.job() is None:
         raise UserError(
             f"engine.name={config.engine.name} shares a training among processes, and this is none that a launcher "
             f"started: torchrun --nproc-per-node N -m stages.cli {verb} ... (N may be 1)"

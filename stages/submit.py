@@ -39,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
     config = configured(args)
     run = Path(config.run_dir).expanduser().absolute()
     if args.dry_run:
-        jobs = ledger.left(run, chain(config.name, run, stages_of(config, teacher_config(config))))
+        stages = stages_of(config, teacher_config(config))
+        jobs = ledger.left(run, chain(config.name, run, stages, config.engine.name))
         say(script(config.slurm, jobs, run, settings(config)))
         return 0
     try:
@@ -57,7 +58,7 @@ def submit(args: argparse.Namespace, config: RunConfig, run: Path) -> None:
     context = open_run(args.target, args.overrides, write=False, config=config)
     check_inputs(config, load_model_config(config.teacher))
     check_finished(context, [], force=False)
-    jobs = chain(config.name, run, context.stages)
+    jobs = chain(config.name, run, context.stages, config.engine.name)
     known, standing = ledger.entries(run), ledger.standing(run)
     live = {key: found for key, tasks in standing.items() if (found := [task for task in tasks if task.live])}
     check_free(run, config, [task for tasks in live.values() for task in tasks])

@@ -16,7 +16,6 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from transformers import TrainingArguments
 from distill import distributed
 from distill.checkpoints import checkpoints_of
 from distill.data.mixture import counts_record, describe_rows
-from distill.engine import engine_of, loaded_whole, sharded, sharing, wrapped_by
+from distill.engine import loaded_whole, sharing, teacher_mode_of
 from distill.groups import describe_groups, freeze, rates_of
 from distill.mixers import set_kernels
 from distill.offline import OfflineTeacher
@@ -34,7 +33,6 @@ from distill.offload import OffloadedTeacher
 from distill.progress import KeepBest, KeepSteps, append_line, logged_minutes
 from distill.records import read_json, write_json
 from distill.schedule import Stage
-from distill.storage import new_folder
 from distill.teacher import Teacher, load_config, load_model, load_tokenizer
 from distill.trainer import DistillTrainer, fit, heldout_loss, training_arguments
 from stages import cache
@@ -42,8 +40,9 @@ from stages.common import HELD_OUT_SEED, begin, say, stage_main
 from stages.context import OFFLINE, Context, need
 from stages.lineage import kept, lineage
 from stages.ranks import check_job, share
+from stages.training import START, Training, processes, tell
 
-SCRATCH = ("checkpoints", "start.json")
+SCRATCH = ("checkpoints", START)
 """What only a resumption needs."""
 
 
@@ -74,14 +73,15 @@ def train(context: Context, stage: Stage, folder: Path) -> None:
 
 def load_teacher(context: Context, stage: Stage) -> Teacher:
     """The teacher as ``train.teacher_mode`` has it."""
-    config, mode = context.config, context.config.train.teacher_mode
+    config = context.config
+    mode = teacher_mode_of(config.train, config.engine)
     if mode == OFFLINE:
         vocabulary = load_config(config.teacher).vocab_size
         return OfflineTeacher(context.folder(stage, "cache") / "logits", vocabulary)
     if mode == "offload":
         with loaded_whole():
             return OffloadedTeacher(load_model(config.teacher, config.dtype, device="cpu"))
-    if mode == "sharded" or (mode == "auto" and sharded(config.engine)):
+    if mode == "sharded":
         from distill.sharded import ShardedTeacher
 
         return ShardedTeacher(load_model(config.teacher, config.dtype))
@@ -93,9 +93,7 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
     """The training of one stage, by this process alone or by all that share it."""
     config = context.config
     options = config.train
-    first, several = distributed.rank() == 0, distributed.world() > 1
-    tell = say if first else lambda line: None
-    seed = begin(context, stage, 3)
+    first, seed = distributed.rank() == 0, begin(context, stage, 3)
     tokenizer = load_tokenizer(config.teacher)
     arguments: TrainingArguments = training_arguments(
         options, stage.steps, folder / "checkpoints", seed, config.dtype, engine=config.engine
@@ -106,36 +104,19 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
     freeze(student, options.freeze)
     rows = context.rows(tokenizer, stage.steps * options.batch_size, seed)
     heldout = context.rows(tokenizer, options.eval_rows, HELD_OUT_SEED, held_out=True)
-    log, start_file = folder / "log.jsonl", folder / "start.json"
-    trainers: list[DistillTrainer] = []
+    log, start_file = folder / "log.jsonl", folder / START
 
-    def held_out_loss() -> float:
-        if trainers and (several or trainers[0].is_deepspeed_enabled or trainers[0].is_fsdp_enabled):
-            return trainers[0].heldout_loss(heldout)
-        return heldout_loss(student, teacher, heldout, options.batch_size, options.loss, options.temperature)
+    def loss_of(model: Any, size: int) -> float:
+        return heldout_loss(model, teacher, heldout, size, options.loss, options.temperature)
+
+    training = Training(student, loss_of, options.batch_size, start_file)
 
     def save(target: Path, step: int | None = None) -> None:
-        state = trainers[0].whole_state()
-        with new_folder(target) if first else nullcontext() as partial:
-            if partial is not None:
-                cache, student.config.use_cache = student.config.use_cache, True
-                student.save_pretrained(partial, **({"state_dict": state} if state is not None else {}))
-                student.config.use_cache = cache
-                tokenizer.save_pretrained(partial)
-                write_json(partial / "lineage.json", lineage(config, context.stages, stage, step))
-        distributed.wait_for_all()
+        training.save(target, tokenizer, lineage(config, context.stages, stage, step))
 
     def prepared(trainer: DistillTrainer) -> None:
         """Before the first step: the held-out loss that the training starts from, and what is trained."""
-        trainers[:] = [trainer]
-        wanted, found = engine_of(config.engine, distributed.world()), wrapped_by(trainer.model_wrapped)
-        if found != wanted:
-            raise RuntimeError(f"engine {wanted} was asked for, and the model is wrapped by {found}")
-        start = distributed.agreed(lambda: read_json(start_file) if start_file.is_file() else None)
-        if start is None:
-            start = held_out_loss()
-            if first:
-                write_json(start_file, start)
+        start = training.first_loss(trainer, context)
         tell(f"{stage.name}: {stage.steps} steps, {stage.tokens:,} tokens; held-out {options.loss} before {start:.4f}")
         for line in describe_groups(student, options):
             tell(f"  {line}")
@@ -145,7 +126,7 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
     if first:
         rewind(folder, stage.keep)
     earlier, began = logged_minutes(log), time.monotonic()
-    best = [KeepBest(folder / "best", held_out_loss, save)] if options.keep_best else []
+    best = [KeepBest(folder / "best", training.heldout_loss, save)] if options.keep_best else []
     fit(
         DistillTrainer,
         student.train(),
@@ -162,7 +143,7 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
         prepared=prepared,
     )
     minutes = earlier + (time.monotonic() - began) / 60
-    end = held_out_loss()
+    end = training.heldout_loss()
     save(folder / "checkpoint")
     if not first:
         return
@@ -184,13 +165,6 @@ def distil(context: Context, stage: Stage, folder: Path) -> None:
         },
     )
     say(f"{stage.name}: held-out {options.loss} {start:.4f} -> {end:.4f} in {minutes:.1f} min")
-
-
-def processes(context: Context) -> dict[str, Any]:
-    """What shared the training, for its record; nothing where one process did it all."""
-    world = distributed.world()
-    engine = engine_of(context.config.engine, world)
-    return {"engine": engine, "processes": world} if engine != "none" and distributed.job() is not None else {}
 
 
 def rewind(folder: Path, keep: Sequence[int]) -> None:

@@ -34,6 +34,11 @@ def test_what_cannot_be_is_refused(keys: dict[str, Any], world: int, said: str) 
     assert said in str(caught.value)
 
 
+def test_a_fine_tuning_that_cannot_be_shared_names_its_own_keys() -> None:
+    with pytest.raises(UserError, match=r"sft.batch_size=16 rows cannot be shared by 3 processes in sft.gradient_acc"):
+        engine.check_engine(EngineConfig(), TRAIN, "float32", 3, "sft")
+
+
 def test_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package deepspeed.*pip install 'distill-hybrid"):

@@ -132,6 +132,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.targets",
         "stages.checkpoints",
         "stages.gguf_files",
+        "stages.training",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
     ("stages.submit", "stages.export", "stages.import_native"),

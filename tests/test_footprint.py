@@ -12,8 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from distill.config import EngineConfig, MixerConfig, RunConfig, TrainConfig
+from distill.data.pack import collate
 from distill.footprint import footprint, kept_by_block
 from distill.hybrid.surgery import hybridize
+from distill.offload import OffloadedTeacher
 from distill.teacher import Teacher
 from distill.trainer import DistillTrainer, fit, training_arguments
 from stages.cli import main
@@ -115,3 +117,47 @@ def test_what_a_stage_shares_shrinks_with_the_processes(make_llama: Callable[...
     counts = counts_of(run, shape, mixers)
     two, eight = (footprint(run, shape, mixers, counts, processes).parts for processes in (2, 8))
     assert {part for part in ("optimizer", "gradients", "weights") if eight[part] < two[part]} == SHARED[config]
+
+
+def test_the_teacher_takes_what_its_mode_leaves_on_the_device(
+    make_llama: Callable[..., Any], traces: Callable[..., Any]
+) -> None:
+    """Of an offloaded one what its hooks hold at most, beside what is in no block."""
+    llama = make_llama(**WIDE)
+    mixers = ["mamba1"] * 3 + ["attention"]
+    zero3 = EngineConfig("deepspeed", "zero3")
+
+    def told(mode: str, processes: int = 1, engine: EngineConfig | None = None) -> Any:
+        run = RunConfig(train=TrainConfig(batch_size=16, teacher_mode=mode), engine=engine or EngineConfig())
+        return footprint(run, llama.config, mixers, counts_of(run, llama.config, mixers), processes)
+
+    size = 4 * sum(p.numel() for p in llama.parameters())
+    blocks = 4 * sum(p.numel() for p in llama.model.layers.parameters())
+    assert told("whole").parts["teacher"] == told("auto").parts["teacher"] == size
+    assert told("offline").parts["teacher"] == 0 and not told("offline").host
+    assert told("auto", 8, zero3).parts["teacher"] == told("sharded", 8, zero3).parts["teacher"]
+    assert size / 8 < told("sharded", 8, zero3).parts["teacher"] < told("sharded", 2, zero3).parts["teacher"]
+    teacher, most = OffloadedTeacher(llama, torch.device("cpu")), list[int]()
+    held = teacher.prefetch.held
+    for block in teacher.prefetch.blocks:
+        block.mlp.register_forward_hook(
+            lambda *_: most.append(sum(weight.nbytes for each in held.values() for weight in each.values()))
+        )
+    batch = collate([traces(1)[0]])
+    batch.pop("labels")
+    teacher.hidden(batch)
+    found = told("offload")
+    assert found.parts["teacher"] == max(most) + size - blocks
+    assert found.host == {"teacher": blocks}
+
+
+def test_where_the_teacher_could_be_is_part_of_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    lean = ["train.gradient_checkpointing=true", "train.gradient_accumulation=2", "train.teacher_mode=whole"]
+    assert main(["plan", "apriel_h1_15b", *lean, "plan.device_memory=68"]) == 2
+    said = capsys.readouterr().err
+    assert "(teacher whole)" in said and "train.teacher_mode=offload (" in said
+    assert main(["plan", "apriel_h1_15b", *lean[:2], "train.teacher_mode=offload", "plan.device_memory=68"]) == 0
+    said = capsys.readouterr().out
+    assert "teacher offload)" in said and "in the CPU's memory for each device: teacher" in said
+    assert main(["plan", "apriel_h1_15b", *lean[:2], "train.teacher_mode=offline"]) == 0
+    assert "the teacher's logits at most" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from distill import head_loss
 from distill.data.pack import IGNORE
 from distill.errors import UserError
 from distill.losses import LOSSES, build_loss, distillation_loss, needs_teacher, terms_of
+from distill.ops import linear_cpu
 
 B, T, E, F, V = 3, 11, 8, 6, 23
 
@@ -157,6 +158,7 @@ def test_float32_gradients_are_exact(name: str, tau: float, chunk: int, monkeypa
     it than plain autograd in float32."""
     vocabulary, width = 4099, 64
     monkeypatch.setattr(head_loss, "COMPILED_BYTES", chunk * vocabulary * 4)
+    monkeypatch.setattr(head_loss, "LOGITS_BYTES", (chunk + 1) // 2 * vocabulary * 4)
     monkeypatch.setattr(head_loss, "CHUNK_BYTES", chunk * vocabulary * 4)
     torch.manual_seed(0)
     head, teacher = nn.Linear(width, vocabulary), nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
@@ -312,3 +314,16 @@ def test_cuda_gives_what_the_cpu_does(name: str) -> None:
         found.append([each.cpu() for each in (loss, *torch.autograd.grad(loss, [hidden, head.weight, head.bias]))])
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_a_head_are_linear(has_onednn: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whichever library, also of a transposed weight, as the gradient of hidden states has it."""
+    if not has_onednn:
+        monkeypatch.setattr(linear_cpu, "onednn", lambda: None)
+    rows, weight, bias = torch.randn(5, 33).to(dtype), torch.randn(70, 33).to(dtype), torch.randn(70).to(dtype)
+    exact = {torch.float32: 1e-5, torch.bfloat16: 1e-1}[dtype]
+    for given, by, plus in ((rows, weight, bias), (rows, weight, None), (rows @ weight.T, weight.T, None)):
+        expected = torch.nn.functional.linear(given.double(), by.double(), None if plus is None else plus.double())
+        torch.testing.assert_close(linear_cpu.linear(given, by, plus).double(), expected, rtol=exact, atol=10 * exact)

@@ -7,11 +7,13 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -268,6 +270,35 @@ def test_a_signal_stops_after_a_step_and_its_checkpoint(
     student, _ = train(llama, traces(32), tmp_path / "out", log=log, **OPTIONS)
     assert same_bits(uninterrupted[0], student)
     assert events(log) == uninterrupted[1]
+
+
+class SignalAll(TrainerCallback):
+    """SIGTERM to the processes that prepare the rows, and then to this one, as a scheduler has it."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in (2, 5):
+            workers = psutil.Process().children()
+            assert workers
+            every = [str(process.pid) for process in (*workers, psutil.Process())]
+            subprocess.run(["kill", "-TERM", *every], check=True)  # from outside: of a parent they take it otherwise
+
+
+class SignalledTrainer(DistillTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SignalAll())
+
+
+def test_a_signal_to_all_leaves_the_rows_coming(llama: Any, traces: Traces, tmp_path: Path) -> None:
+    """The step is finished and its checkpoint written, at first and after a resumption; nobody is left behind."""
+    keys: dict[str, Any] = {"steps": 8, "save_steps": 4, "data_workers": 2, "batch_size": 2}
+    for step in (3, 6):
+        with interrupt.handled(), pytest.raises(interrupt.Stopped):
+            train(llama, traces(16), tmp_path / "out", trainer=SignalledTrainer, log=tmp_path / "log.jsonl", **keys)
+        assert next(iter(checkpoints_of(tmp_path / "out"))) == step
+        assert not psutil.wait_procs(psutil.Process().children(), timeout=20)[1]
+    _, done = train(llama, traces(16), tmp_path / "out", log=tmp_path / "log.jsonl", **keys)
+    assert done.state.global_step == 8
 
 
 def test_a_signal_stops_a_training_of_which_nothing_is_kept_at_once(llama: Any, traces: Traces, tmp_path: Path) -> None:

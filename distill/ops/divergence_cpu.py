@@ -1,11 +1,11 @@
-"""Divergences between two chunks of logits on CPU, and their gradient in the logits' own place, in two passes a row.
+"""Divergences between two chunks of logits on CPU, and their gradient, in two passes a row.
 
     n = rows of a chunk, V = vocabulary; z, t = logits of student and teacher, q, p = their softmax(. / tau)
 
 A row of both (1 MB at V = 128k) is taken from memory once and stays in the core's cache for both passes: the first sums
-what the softmaxes and divergences need, the second makes the gradient. Sums over a block are in float32, over blocks in
-float64. The difference of log-probabilities is (z - t) / tau - c, c = log Z_z - log Z_t, which loses less than the
-difference of two rounded ones.
+what the softmaxes and divergences need and leaves the student's exponentials where the gradient is to be, the second
+makes the gradient of them. Sums over a block are in float32, over blocks in float64. The difference of
+log-probabilities is (z - t) / tau - c, c = log Z_z - log Z_t, which loses less than the difference of two rounded ones.
 
     reverse  KL(q || p) = sum q (z - t) / tau - c        gradient q ((z - t) / tau - c - KL)
     forward  KL(p || q) = c - sum p (z - t) / tau        gradient q - p
@@ -46,15 +46,17 @@ def _largest(row, lanes):
 
 
 @jit
-def _sums(z, t, top_z, top_t, inverse):
-    """Over a row, the sums of e, e d, f and f d; e, f = exp of the tempered logits less the top, d = (z - t) / tau."""
+def _sums(z, t, top_z, top_t, inverse, kept):
+    """Over a row, the sums of e, e d, f and f d; e, f = exp of the tempered logits less the top, d = (z - t) / tau.
+    Every e goes to ``kept``."""
     total_e, total_ed, total_f, total_fd = np.zeros(4)
     for start in range(0, z.size, BLOCK):
-        part_z, part_t = z[start : start + BLOCK], t[start : start + BLOCK]
+        part_z, part_t, part_e = z[start : start + BLOCK], t[start : start + BLOCK], kept[start : start + BLOCK]
         sum_e, sum_ed, sum_f, sum_fd = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for i in range(part_z.size):
             d = (part_z[i] - part_t[i]) * inverse
             e, f = exp((part_z[i] - top_z) * inverse), exp((part_t[i] - top_t) * inverse)
+            part_e[i] = e
             sum_e += e
             sum_ed += e * d
             sum_f += f
@@ -67,36 +69,38 @@ def _sums(z, t, top_z, top_t, inverse):
 
 
 @jit
-def _rows(first, last, z, t, targets, weights, inverse, scale, gradient, losses):
-    """Rows ``first .. last - 1``: losses ``[n]``; if it is wanted, z ``[n, V]`` becomes its gradient times ``scale``.
+def _rows(first, last, z, t, targets, weights, inverse, scale, gradients, losses):
+    """Rows ``first .. last - 1``: losses ``[n]``, and z's gradients ``[n, V]`` times ``scale``, unless they are empty.
     ``weights``: of reverse KL, of forward KL, of the target's -log q."""
     reverse, forward, target = weights[0], weights[1], weights[2]
-    lanes = np.empty(min(64, z.shape[1]), np.float32)
+    lanes, wanted = np.empty(min(64, z.shape[1]), np.float32), gradients.shape[1] > 0
+    made = np.empty(z.shape[1], np.float32)
     for n in range(first, last):
         row, other = z[n], t[n]
+        if wanted:
+            made = gradients[n]
         top_z, top_t = _largest(row, lanes), _largest(other, lanes)
-        total_e, total_ed, total_f, total_fd = _sums(row, other, top_z, top_t, inverse)
+        total_e, total_ed, total_f, total_fd = _sums(row, other, top_z, top_t, inverse, made)
         c = (np.float64(top_z) - np.float64(top_t)) * inverse + np.log(total_e / total_f)
         kl = total_ed / total_e - c
         losses[n] = reverse * kl + forward * (c - total_fd / total_f)
         y = targets[n]
         if target != 0:
             losses[n] += target * (np.log(total_e) - (np.float64(row[y]) - top_z) * inverse)
-        if not gradient:
+        if not wanted:
             continue
         slope = np.float32(scale * reverse / total_e)
         constant = np.float32(scale * (forward + target - reverse * (c + kl)) / total_e)
         back = np.float32(scale * forward / total_f)
         if forward != 0:
             for i in range(row.size):
-                e, f = exp((row[i] - top_z) * inverse), exp((other[i] - top_t) * inverse)
-                row[i] = e * (slope * ((row[i] - other[i]) * inverse) + constant) - back * f
+                f = exp((other[i] - top_t) * inverse)
+                made[i] = made[i] * (slope * ((row[i] - other[i]) * inverse) + constant) - back * f
         else:
             for i in range(row.size):
-                e = exp((row[i] - top_z) * inverse)
-                row[i] = e * (slope * ((row[i] - other[i]) * inverse) + constant)
+                made[i] *= slope * ((row[i] - other[i]) * inverse) + constant
         if target != 0:
-            row[y] -= np.float32(scale * target)
+            made[y] -= np.float32(scale * target)
 
 
 def divergence(
@@ -109,9 +113,9 @@ def divergence(
     cross_entropy: float = 0.0,
     temperature: float = 1.0,
     scale: float = 1.0,
-    gradient: bool = True,
+    gradient: Tensor | None = None,
 ) -> Tensor:
-    """Weighted loss of every token, [n] in float64; ``student`` becomes ``scale`` times its ``gradient`` if wanted.
+    """Weighted loss of every token, [n] in float64; ``gradient`` [n, V] becomes ``scale`` times that of the student.
 
     ``student`` and ``teacher`` are contiguous float32 logits [n, V] on CPU, ``targets`` int64 [n]. The gradient is with
     respect to the untempered logits.
@@ -120,6 +124,7 @@ def divergence(
     losses = np.zeros(n)
     weights = np.array([reverse_kl, forward_kl, cross_entropy])
     z, t, y = array(student, torch.float32), array(teacher, torch.float32), array(targets, torch.int64)
+    made = np.empty((n, 0), np.float32) if gradient is None else gradient.numpy()
     inverse = np.float32(1 / temperature)
-    spread(_rows, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), gradient, losses)
+    spread(_rows, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), made, losses)
     return torch.from_numpy(losses)

@@ -6,6 +6,7 @@ it must neither template nor tokenise nor pack again, or masks and document boun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from datasets.table import InMemoryTable
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from distill.config import TrainConfig
+from distill.config import EngineConfig, TrainConfig
 from distill.trainer import LanguageTrainer, fit, training_arguments
 
 
@@ -61,10 +62,12 @@ class TraceTrainer(LanguageTrainer, SFTTrainer):
         """Nothing is reported to anyone."""
 
 
-def sft_arguments(train: TrainConfig, steps: int, output: Path, seed: int, dtype: str = "float32") -> TrlConfig:
+def sft_arguments(
+    train: TrainConfig, steps: int, output: Path, seed: int, dtype: str = "float32", engine: EngineConfig | None = None
+) -> TrlConfig:
     """Our config as TRL's SFTConfig, with every preparation of the data turned off."""
     return training_arguments(
-        train, steps, output, seed, dtype,
+        train, steps, output, seed, dtype, engine=engine,
         kind=TrlConfig, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
     )  # fmt: skip
 
@@ -95,6 +98,21 @@ def fine_tune(
     Raises UserError when the loss is not finite.
     """
     arguments = sft_arguments(train, steps, output, seed, dtype)
+    return tune(model, tokenizer, rows, arguments, title=title, log=log)
+
+
+def tune(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    arguments: TrlConfig,
+    *,
+    title: str,
+    log: Path | None,
+    prepared: Callable[[Any], None] | None = None,
+) -> TraceTrainer:
+    """``fine_tune`` by ``arguments`` that were made before the model was loaded, as engines with weights in parts want
+    it; ``prepared`` is called before the first step."""
     trainer = fit(
         TraceTrainer,
         model.train(),
@@ -104,6 +122,7 @@ def fine_tune(
         log=log,
         key="sft",
         processing_class=tokenizer,
+        prepared=prepared,
     )
     assert isinstance(trainer, TraceTrainer)
     model.__dict__.pop("forward", None)  # TRL left its own on this object

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,13 @@ threads: 1
 data: {{sequence_length: 64, mix: {{mod: 1.0, add: 1.0}}}}
 score: {{loo: {{questions: 4}}}}
 train: {{steps: 8, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 1, eval_rows: 4, weight_decay: 0.1}}
-measure: {{generative: [embedded_add], multiple_choice: []}}
+sft: {{steps: 4, batch_size: 4, gradient_accumulation: 2, learning_rate: 1.0e-3, warmup_steps: 1}}
+measure:
+  generative: [embedded_add]
+  multiple_choice: []
+  limit: 1
+  max_new_tokens: 4
+  throughput: {{batches: [1], contexts: [16], repeats: 1, output_tokens: 16}}
 """
 
 
@@ -46,6 +53,8 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "teacher")
     build_tokenizer().save_pretrained(folder / "teacher")
     (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder))
+    rows = [{"prompt": f"add {i} {7 * i}", "completion": "1" * (1 + i % 9)} for i in range(400)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for verb in ("score", "place", "swap"):
         assert main([verb, str(folder / "tiny.yaml")]) == 0
     return folder / "swapped"
@@ -61,29 +70,51 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def command(processes: int, run: Path, *overrides: str) -> list[str]:
-    """``distill train`` of a run by several processes."""
+def command(processes: int, run: Path, *overrides: str, verb: str = "train") -> list[str]:
+    """``distill train`` (or another verb) of a run by several processes."""
     launch = [sys.executable, "-m", "distill.launch", "--nproc-per-node", str(processes), "-m", "stages.cli"]
-    return [*launch, "train", str(run), *overrides]
+    return [*launch, verb, str(run), *overrides]
 
 
-def train(processes: int, run: Path, *overrides: str, timeout: float = 300) -> tuple[int, str]:
+def train(processes: int, run: Path, *overrides: str, verb: str = "train", timeout: float = 300) -> tuple[int, str]:
     """Train a run by several processes; the exit code, and what was said."""
     done = subprocess.run(
-        command(processes, run, *overrides), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        command(processes, run, *overrides, verb=verb), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout
 
 
-def weights(run: Path, step: str = "train") -> dict[str, torch.Tensor]:
-    return load_file(run / STAGE / step / "checkpoint/model.safetensors")
+def weights(run: Path, model: str = "train/checkpoint") -> dict[str, torch.Tensor]:
+    return load_file(run / STAGE / model / "model.safetensors")
 
 
-def apart(one: Path, other: Path) -> float:
+def apart(one: Path, other: Path, model: str = "train/checkpoint", start_from: str = "swap/checkpoint") -> float:
     """How far two trainings ended from each other, relative to how far they went."""
-    start, first, second = weights(one, "swap"), weights(one), weights(other)
+    start, first, second = weights(one, start_from), weights(one, model), weights(other, model)
     assert first.keys() == second.keys()
     went = torch.cat([(first[name] - start[name]).flatten() for name in first]).norm()
     between = torch.cat([(first[name] - second[name]).flatten() for name in first]).norm()
     return float(between / went)
+
+
+def check_tuned(one: Path, other: Path, engine: str, processes: int) -> None:
+    """That the other run was fine-tuned by so many processes, and as the first, which was by one."""
+    tuned = f"../../posttrain/{STAGE.split('/')[1]}-SFT"
+    assert apart(one, other, f"{tuned}/train/checkpoint", "train/checkpoint") < 1e-4
+    first, second = (json.loads((run / STAGE / tuned / "train/train.json").read_text()) for run in (one, other))
+    assert (second["engine"], second["processes"]) == (engine, processes)
+    for key in ("eval_loss_start", "eval_loss_end"):
+        assert second[key] == pytest.approx(first[key], rel=1e-4)
+    for run in (one, other):
+        assert (run / STAGE / tuned / "merge/checkpoint/model.safetensors").is_file()
+        assert (run / STAGE / tuned / "measure/measure.json").is_file()
+        assert not (run / STAGE / tuned / "train/start.json").exists()
+
+
+def check_best(one: Path, other: Path) -> None:
+    """That both trainings kept the same step as the best, and the same model."""
+    first, second = (json.loads((run / STAGE / "train/best.json").read_text()) for run in (one, other))
+    assert second["step"] == first["step"]
+    assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-4)
+    assert apart(one, other, "train/best") < 1e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stages.cli import main
-from tests.distributed.conftest import ROOT, STAGE, apart, command, environment, train, weights
+from tests.distributed.conftest import ROOT, STAGE, apart, check_best, check_tuned, command, environment, train, weights
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -22,15 +23,14 @@ pytestmark = [
 ]
 Copy = Callable[[str], Path]
 OPTIONS = ("train.learning_rates={mixers: 3.0e-3}", "train.freeze=[embeddings]", "train.gradient_accumulation=2")
+BEST = ("train.save_steps=3", "train.keep_best=true")
 
 
 @pytest.fixture(scope="module")
 def one(swapped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process without an engine ends with."""
-    import shutil
-
     run = shutil.copytree(swapped, tmp_path_factory.mktemp("one") / "one")
-    assert main(["train", str(run), *OPTIONS]) == 0
+    assert main(["train", str(run), *OPTIONS, *BEST]) == 0
     return run
 
 
@@ -38,13 +38,16 @@ def one(swapped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_trains_as_one_process(one: Path, copy: Copy, config: str) -> None:
     """With a sharded teacher under ZeRO-3."""
     two = copy("two")
-    code, said = train(2, two, *OPTIONS, "engine.name=deepspeed", f"engine.config={config}", "train.keep_steps=[3]")
+    code, said = train(
+        2, two, *OPTIONS, "engine.name=deepspeed", f"engine.config={config}", "train.keep_steps=[3]", *BEST
+    )
     assert code == 0, said
     assert apart(one, two) < 1e-4
+    check_best(one, two)
     first, second = (json.loads((run / STAGE / "train/train.json").read_text()) for run in (one, two))
     assert second["eval_loss_end"] == pytest.approx(first["eval_loss_end"], rel=1e-4)
     assert second["eval_loss_start"] == pytest.approx(first["eval_loss_start"], rel=1e-4)
-    start, end = weights(two, "swap"), weights(two)
+    start, end = weights(two, "swap/checkpoint"), weights(two)
     assert end["model.embed_tokens.weight"].equal(start["model.embed_tokens.weight"]), "it was frozen"
 
 
@@ -60,11 +63,21 @@ def test_goes_on_by_another_number_of_processes(one: Path, copy: Copy, config: s
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(120) == 75
+    assert process.wait(300) == 75
     code, said = train(1, run, *options)
     assert code == 0 and "continuing from" in said, said
     assert not list((run / STAGE).rglob("universal*"))
     assert apart(one, run) < 1e-4
+
+
+@pytest.mark.parametrize(("config", "processes"), [("zero2", 2), ("zero3", 2), ("zero3", 1)])
+def test_it_fine_tunes_as_one_process(one: Path, tmp_path: Path, config: str, processes: int) -> None:
+    """Through TRL, the student's head in parts under ZeRO-3."""
+    alone, shared = (Path(shutil.copytree(one, tmp_path / name)) for name in ("alone", "shared"))
+    assert main(["sft", str(alone)]) == 0
+    code, said = train(processes, shared, "engine.name=deepspeed", f"engine.config={config}", verb="sft")
+    assert code == 0, said
+    check_tuned(alone, shared, "deepspeed", processes)
 
 
 def test_bfloat16_trains_on_float32_weights(swapped: Path, tmp_path: Path) -> None:

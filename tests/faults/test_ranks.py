@@ -1,5 +1,6 @@
-"""kill -9 of one process of two, and of the whole job, at seeded random moments of a training by two processes; then
-the same command again, to the bits of the training that was left alone. A process that hangs is named, in bounded time.
+"""kill -9 of one process of two, and of the whole job, at seeded random moments of a training by two processes on
+streamed data, prepared by a worker each; then the same command again, to the bits of the training that was left alone.
+A process that hangs is named, in bounded time.
 
 Environment: FAULTS_RANK_KILLS (how many kills, by default 9), FAULTS_SEED.
 """
@@ -35,9 +36,15 @@ def alone(swapped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import shutil
 
     run = shutil.copytree(swapped, tmp_path_factory.mktemp("alone") / "alone")
-    code, said = train(2, run, *OPTIONS)
+    code, said = train(2, run, *OPTIONS, *streamed(swapped))
     assert code == 0, said
     return run
+
+
+def streamed(swapped: Path) -> tuple[str, ...]:
+    """What makes the training read its rows from a stream."""
+    source = f"data.source={swapped.with_name('data.jsonl')}"
+    return (source, "data.streaming=true", "data.shuffle_buffer=16", "train.data_workers=1")
 
 
 def start(run: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -66,7 +73,7 @@ def test_processes_killed_anywhere(alone: Path, swapped: Path, tmp_path: Path) -
     expected = (alone / STAGE / "train/checkpoint/model.safetensors").read_bytes()
     kept = (alone / STAGE / "train/steps/000031/model.safetensors").read_bytes()
     while sum(hits.values()) < KILLS:
-        job = start(run)
+        job = start(run, *streamed(swapped))
         before, ahead = max(steps_of(run), default=0), rng.randint(1, 4)
         while job.poll() is None and max(steps_of(run), default=0) < before + 3 * ahead:
             time.sleep(0.002)
@@ -93,11 +100,11 @@ def test_processes_killed_anywhere(alone: Path, swapped: Path, tmp_path: Path) -
         hits[victim] += 1
         whole = list(checkpoints_of(run / STAGE / "train.partial/checkpoints").values())
         assert all(fault(path) is None for path in whole), "a checkpoint with a name is whole"
-    assert start(run).wait() == 0, run.with_name(run.name + ".log").read_text()[-3000:]
+    assert start(run, *streamed(swapped)).wait() == 0, run.with_name(run.name + ".log").read_text()[-3000:]
     print(f"\n{dict(hits)} killed over {number + 1} run folders, all ended with the bits of the one left alone")
     assert (run / STAGE / "train/checkpoint/model.safetensors").read_bytes() == expected
     assert (run / STAGE / "train/steps/000031/model.safetensors").read_bytes() == kept
-    assert not weights(run)["model.norm.weight"].equal(weights(run, "swap")["model.norm.weight"])
+    assert not weights(run)["model.norm.weight"].equal(weights(run, "swap/checkpoint")["model.norm.weight"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

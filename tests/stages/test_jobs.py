@@ -139,6 +139,16 @@ def test_defaults_ask_for_no_more_than_they_must() -> None:
     assert "srun --cpus-per-task=2 python -m stages.cli train /runs/r --stage 1 &" in lines, "one process: no torchrun"
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_one_process_of_an_engine_that_needs_a_launcher_gets_one(engine: str) -> None:
+    jobs = chain("r", RUN, [FIRST], engine)
+    lines = batch_script(SlurmConfig(python="python"), next(job for job in jobs if job.kind == "train"), RUN)
+    assert "exec python -m distill.launch --nnodes=1 --nproc-per-node=1 --node-rank=$SLURM_NODEID" in lines
+    assert "MASTER_PORT=" in lines
+    others = [batch_script(SlurmConfig(), job, RUN) for job in jobs if job.kind != "train"]
+    assert not any("distill.launch" in text for text in others)
+
+
 def test_a_container_is_put_before_the_command_alone() -> None:
     slurm = SlurmConfig(container="apptainer exec --nv /images/d.sif", gpus_per_node=1)
     assert text(slurm, "measure")[-1] == (
