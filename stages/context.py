@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig, Origin, RunConfig
+from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
+from distill.importance import COMBINED, needs
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
 from distill.records import Step, read_record
@@ -42,6 +43,14 @@ def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
     if "mixture" in kept:
         kept["mixture"] = [inputs_of(entry) for entry in part.mixture]
     return kept
+
+
+def score_inputs(config: ScoreConfig, name: str) -> dict[str, Any]:
+    """A score and its own options, for fingerprints."""
+    if name == COMBINED:
+        return {"scorer": name, "parts": [score_inputs(config, part) for part in config.combine]}
+    own = getattr(config, name, {})
+    return {"scorer": name, **(inputs_of(own, LATER_MEASURED) if dataclasses.is_dataclass(own) else {name: own})}
 
 
 @dataclass
@@ -146,8 +155,9 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            score = {"scorer": stage.scorer, **inputs_of(getattr(config.score, stage.scorer), LATER_MEASURED)}
-            trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            score = score_inputs(config.score, stage.scorer)
+            trains = "rows" in needs(config.score, stage.scorer)
+            trained = {"data": data, "train": train, "mixer": mixer} if trains else {}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},

@@ -22,13 +22,13 @@ from typing import Any
 
 from distill import lock
 from distill.errors import UserError
-from distill.importance import Setup, join, scorer
+from distill.importance import Setup, join, needs, scorer
 from distill.mixers import set_kernels
 from distill.placement import ATTENTION
 from distill.records import Step, read_record, verify, write_json
 from distill.schedule import Stage
 from distill.teacher import RememberingTeacher, load_model, load_tokenizer
-from eval.loglikelihood import prepare
+from eval.loglikelihood import prepare, prepare_all
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say, stage_main
 from stages.context import Context
 from stages.targets import check_device
@@ -131,20 +131,27 @@ def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Pat
     seed = begin(context, stage, 1)
     tokenizer = load_tokenizer(config.teacher)
     teacher = RememberingTeacher(load_model(config.teacher, config.dtype))  # every candidate sees the same rows
-    dtype = "float32" if stage.scorer == "mmr" else config.dtype  # what is trained has float32 weights
+    read = needs(config.score, stage.scorer)
+    dtype = "float32" if "rows" in read else config.dtype  # what is trained has float32 weights
     start, _ = context.before(stage)
     model = load_model(start, dtype)
     set_kernels(model, config.kernels)
     options = config.score
     say(f"{stage.name}: scoring {len(blocks)} blocks with {stage.scorer}")
     metric: Any = None
+    tasks: Any = None
     rows: Any = None
     heldout: Any = None
-    if stage.scorer == "mmr":
+    if "rows" in read:
         length = config.data.sequence_length
         rows = context.rows(tokenizer, options.mmr.steps * config.train.batch_size, seed)
         heldout = context.rows(tokenizer, -(-options.mmr.heldout_tokens // length), HELD_OUT_SEED, held_out=True)
-    else:
+    if "tasks" in read:
+
+        def tasks(names: Sequence[str], questions: int) -> Any:
+            return prepare_all(names, tokenizer, model, questions, local_data=config.measure.local_data).compare
+
+    if "metric" in read:
         metric = prepare(
             options.loo.task,
             tokenizer,
@@ -173,4 +180,5 @@ def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Pat
         dtype=config.dtype,
         scratch=scratch,
         report=report,
+        tasks=tasks,
     )

@@ -30,6 +30,7 @@ from stages.jobs import Job, batch_script, chain, script
 from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
+from stages.speedup import settle
 from stages.targets import check, read_config
 
 
@@ -39,7 +40,9 @@ def main(args: argparse.Namespace) -> int:
     config = configured(args)
     run = Path(config.run_dir).expanduser().absolute()
     if args.dry_run:
-        jobs = ledger.left(run, chain(config.name, run, stages_of(config, teacher_config(config))))
+        teacher = teacher_config(config)
+        settle(config, teacher, lambda line: say(f"# {line}"))
+        jobs = ledger.left(run, chain(config.name, run, stages_of(config, teacher)))
         say(script(config.slurm, jobs, run, settings(config)))
         return 0
     try:

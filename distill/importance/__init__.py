@@ -2,7 +2,8 @@
 
 Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
 ``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way;
-and ``order(rows) -> list[int]``, so that candidates can be scored apart, each alone, and joined.
+``order(rows) -> list[int]``, so that candidates can be scored apart, each alone, and joined; and ``NEEDS``, what of a
+``Setup`` it reads: ``metric`` (questions), ``tasks`` (questions of several tasks), ``rows`` (of training, and held out).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ evaluation. Batch by batch, every variant in turn, so that variants may share wh
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a score may use.
+    """All that a score may use; what it does not need (``NEEDS``) may be None.
 
     Attributes:
         model: the current model (teacher or hybrid); left as it was.
@@ -38,6 +39,7 @@ class Setup:
         metric: accuracy of variants of a model on prepared log-likelihood requests.
         rows: training rows; heldout: fixed rows, never trained on.
         report: called with (block, row) as each candidate is done.
+        tasks: ``tasks(names, questions)``: as ``metric``, of other questions: so many of several tasks together.
     """
 
     model: Any
@@ -54,6 +56,17 @@ class Setup:
     dtype: str
     scratch: Path
     report: Callable[[int, dict[str, float]], None]
+    tasks: Callable[[Sequence[str], int], Metric] | None = None
+
+
+COMBINED = "combine"
+"""The score that other scores go into."""
+
+
+def needs(config: ScoreConfig, name: str) -> frozenset[str]:
+    """What the score ``name`` reads of a ``Setup``."""
+    parts = config.combine if name == COMBINED else [name]
+    return frozenset(need for part in parts for need in importlib.import_module(f"{__name__}.{part}").NEEDS)
 
 
 def available() -> list[str]:
@@ -73,3 +86,16 @@ def join(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = sorted((row for record in records for row in record["blocks"]), key=lambda row: row["block"])
     order: Callable[[Sequence[Mapping[str, float]]], list[int]] = importlib.import_module(f"{__name__}.{name}").order
     return {**records[0], "blocks": rows, "order": order(rows)}
+
+
+def by_score(rows: Sequence[Mapping[str, float]]) -> list[int]:
+    """Blocks by their scores, the lowest first; of equal ones the first."""
+    return [int(row["block"]) for row in sorted(rows, key=lambda row: (row["score"], row["block"]))]
+
+
+def assigned(setup: Setup, name: str, score: Callable[[int], float]) -> dict[str, Any]:
+    """The record of a score that nothing is measured for: each block's depends on the block alone."""
+    rows = [{"block": block, "score": float(score(block))} for block in setup.blocks]
+    for row in rows:
+        setup.report(int(row["block"]), row)
+    return {"scorer": name, "blocks": rows, "order": by_score(rows)}

@@ -20,6 +20,7 @@ from distill.mixers import ATTENTION, set_kernels
 from distill.placement import replace
 from distill.trainer import DistillTrainer, fit, heldout_loss, training_arguments
 
+NEEDS = ("rows",)
 TRAINABLE = ("all", "mixer")
 
 
