@@ -2,10 +2,10 @@
 
     distill pretrain teacher output=runs/teacher
 
-CONFIG is a YAML file, or the short name of one we ship (``teacher``; ``teacher_small``, of another family). Writes a Hugging Face folder (bf16
-safetensors, tokenizer) with the recipe, the training log and the held-out scores beside it. Interrupted, the
-same command continues from the newest checkpoint; finished, it prints the scores, which it measures again where
-scores.json was removed.
+CONFIG is a YAML file, or the short name of one we ship (``teacher``; ``teacher_small``, of another family). Writes a
+Hugging Face folder (bf16 safetensors, tokenizer) with the recipe, the training log and the held-out scores beside it.
+Interrupted, the same command continues from the newest checkpoint; finished, it prints the scores, which it measures
+again where scores.json was removed.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.config import RunConfig
 from distill.config_merge import load_config
 from distill.errors import UserError

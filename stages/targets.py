@@ -191,7 +191,7 @@ def check_pretrain(config: PretrainConfig) -> None:
 
 
 def model_config(keys: Mapping[str, Any], **tokens: int | None) -> Any:
-    """The config of a model of the embedded vocabulary from the ``keys`` that a user gives (``model_type`` among them, by
+    """The config of a model of the embedded vocabulary from ``keys`` of a config.json (``model_type`` among them, by
     default ``llama``) and its ``tokens``; UserError for a key or a value that its family has not."""
     family = choose("model.model_type", str(keys.get("model_type", "llama")), FAMILIES)
     given = {key: value for key, value in keys.items() if key != "model_type"}

@@ -2,9 +2,9 @@
 
 Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
 ``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way.
-A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be scored
-apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a score
-has its rows looked at by ``checks.check_rows`` before an order is made use of.
+A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be
+scored apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a
+score has its rows looked at by ``checks.check_rows`` before an order is made use of.
 ``NEEDS`` says what of a ``Setup`` a score reads: ``metric`` (questions), ``tasks`` (questions of several tasks),
 ``rows`` (of training, and held-out ones).
 """
@@ -76,8 +76,6 @@ def needs(config: ScoreConfig, name: str) -> frozenset[str]:
     """What the score ``name`` reads of a ``Setup``."""
     parts = config.combine if name == COMBINED else [name]
     return frozenset(need for part in parts for need in importlib.import_module(f"{__name__}.{part}").NEEDS)
-
-
 
 
 def available() -> list[str]:

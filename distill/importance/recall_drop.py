@@ -5,10 +5,10 @@ the model in which block l alone is converted,
 
     s_l = (max_i R_i - R_l) / (max_i C_i - C_l + epsilon),
 
-so that attention stays where it is needed for recall rather than for everything. HALO's block l has a linear mixer that
-was aligned before; here it is the identity, as in leave-one-out, which trains nothing. Epsilon is one question of the
-rest (HALO's 1e-10 makes the score of a block that loses nothing elsewhere a matter of one question on recall). The ratio
-says where the loss lies and not how large it is: a block that all tasks need has a score of about 1.
+so that attention stays where it is needed for recall rather than for everything. HALO's block l has a linear mixer
+that was aligned before; here it is the identity, as in leave-one-out, which trains nothing. Epsilon is one question of
+the rest (HALO's 1e-10 makes the score of a block that loses nothing elsewhere a matter of one question on recall). The
+ratio says where the loss lies and not how large it is: a block that all tasks need has a score of about 1.
 """
 
 from __future__ import annotations
