@@ -19,7 +19,8 @@ from stages.lineage import kept
 
 LATER = (
     "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
-    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k",
+    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k", "lockstep", "halving",
+    "halving_check",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_start", "reasoning_end")
@@ -146,8 +147,9 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            score = {"scorer": stage.scorer, **inputs_of(getattr(config.score, stage.scorer), LATER_MEASURED)}
-            trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            score = self.scored(stage)
+            taken = {stage.scorer, *(text.split()[0] for text in config.score.compare if text.strip())}
+            trained = {} if taken == {"loo"} else {"data": data, "train": train, "mixer": mixer}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
@@ -210,6 +212,15 @@ class Context:
             steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after, reads[name]))
             after = {steps[-1].name: steps[-1].fingerprint}
         return steps
+
+    def scored(self, stage: Stage) -> dict[str, Any]:
+        """What of the config decides the scores of a stage."""
+        options = self.config.score
+        part = getattr(options, stage.scorer, None)
+        own = inputs_of(part, (*LATER, *LATER_MEASURED)) if part is not None else {}
+        own.pop("candidates_at_once", None)
+        named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
+        return {"scorer": stage.scorer, **own, **named}
 
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""

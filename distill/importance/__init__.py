@@ -2,9 +2,9 @@
 
 Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
 ``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way.
-A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be scored
-apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a score
-has its rows looked at by ``checks.check_rows`` before an order is made use of.
+A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be
+scored apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a
+score has its rows looked at by ``checks.check_rows`` before an order is made use of.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Metric = Callable[[Any, Sequence[Variant]], Sequence[Mapping[str, float]]]
 evaluation. Batch by batch, every variant in turn, so that variants may share what a batch has in common."""
 
 
-PARTS = ("checks", "halving", "lockstep")
+PARTS = ("checks", "comparison", "halving", "lockstep")
 """Modules that are no scores themselves."""
 
 
@@ -81,8 +81,16 @@ def apart(name: str) -> bool:
     return hasattr(importlib.import_module(f"{__name__}.{name}"), "order")
 
 
-def join(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One record of the ``records`` that the score ``name`` has of disjoint candidates: as if scored together."""
+def join(
+    name: str, records: Sequence[Mapping[str, Any]], config: ScoreConfig | None = None, added: int = 1
+) -> dict[str, Any]:
+    """One record of the ``records`` that the score ``name`` has of disjoint candidates: as if scored together.
+
+    ``config`` and ``added`` (how many blocks are to be replaced) are for what a score says of all of its candidates.
+    """
+    module: Any = importlib.import_module(f"{__name__}.{name}")
     rows = sorted((row for record in records for row in record["blocks"]), key=lambda row: row["block"])
-    order: Callable[[Sequence[Mapping[str, float]]], list[int]] = importlib.import_module(f"{__name__}.{name}").order
-    return {**records[0], "blocks": rows, "order": order(rows)}
+    joined = {**records[0], "blocks": rows, "order": module.order(rows)}
+    if config is not None and hasattr(module, "complete"):
+        joined = module.complete(joined, config, added)
+    return joined
