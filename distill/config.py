@@ -209,7 +209,17 @@ class MmrConfig:
     heldout_tokens: int = 16384
     """Fixed held-out tokens on which the loss is taken at 0 steps and after the last."""
     trainable: str = "all"
-    """``all`` as in the paper, or ``mixer`` (cheap)."""
+    """``all`` as in the paper; or cheap: ``block`` (the swapped mixer with its block's MLP and norms) or ``mixer``
+    (that alone)."""
+    lockstep: bool = True
+    """Train all candidates of a cheap variant batch by batch, from one pass of the teacher and one of the current
+    model; otherwise one after the other. The scores are the same."""
+    candidates_at_once: int = 0
+    """Candidates in lockstep (0: as many as fit in the free memory)."""
+    halving: bool = False
+    """Drop the worse half of the candidates at a quarter and at half of the steps."""
+    halving_check: bool = False
+    """Drop none, but take the losses then as well, and say what halving would have chosen."""
 
 
 @dataclass
@@ -234,6 +244,11 @@ class ScoreConfig:
     """Of stages that start from the teacher."""
     later: str = "mmr"
     """Of all others."""
+    blocks: list[int] = field(default_factory=list)
+    """Candidates (empty: every block that still has attention)."""
+    compare: list[str] = field(default_factory=list)
+    """Other scores to take of the same candidates, which choose nothing; their rank correlation with the one that does
+    is recorded. A score, with options of its own: ``[loo, mmr trainable=mixer]``."""
     loo: LooConfig = field(default_factory=LooConfig)
     mmr: MmrConfig = field(default_factory=MmrConfig)
     recall_drop: RecallDropConfig = field(default_factory=RecallDropConfig)

@@ -22,6 +22,7 @@ from distill.data.sources import EMBEDDED
 from distill.errors import UserError, check_whole, choose
 from distill.hybrid.surgery import check_convertible, check_model
 from distill.importance import COMBINED, Metric, Setup, available, needs, scorer
+from distill.importance.checks import check_rows
 from distill.importance.mmr import TRAINABLE
 from distill.likelihood import check_question, requests_of
 from distill.losses import terms_of
@@ -151,6 +152,7 @@ def score(
             report=report,
         )
         record = scorer(method)(setup)
+        check_rows(method, record["blocks"])
     return Scores(method, record["order"], record)
 
 

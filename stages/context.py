@@ -20,7 +20,8 @@ from stages.lineage import kept
 
 LATER = (
     "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
-    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k",
+    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k", "lockstep", "halving",
+    "halving_check",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_start", "reasoning_end")
@@ -31,6 +32,8 @@ OFFLINE = "offline"
 """The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
+SCORED_ALIKE = ("candidates_at_once", "at_once")
+"""Keys of a score that change no bit of it."""
 
 
 def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
@@ -50,7 +53,8 @@ def score_inputs(config: ScoreConfig, name: str) -> dict[str, Any]:
     if name == COMBINED:
         return {"scorer": name, "parts": [score_inputs(config, part) for part in config.combine]}
     own = getattr(config, name, {})
-    return {"scorer": name, **(inputs_of(own, LATER_MEASURED) if dataclasses.is_dataclass(own) else {name: own})}
+    kept = inputs_of(own, (*LATER, *LATER_MEASURED)) if dataclasses.is_dataclass(own) else {name: own}
+    return {"scorer": name, **{key: value for key, value in kept.items() if key not in SCORED_ALIKE}}
 
 
 @dataclass
@@ -155,8 +159,9 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            score = score_inputs(config.score, stage.scorer)
-            trains = "rows" in needs(config.score, stage.scorer)
+            score = self.scored(stage)
+            taken = [stage.scorer, *(text.split()[0] for text in config.score.compare if text.strip())]
+            trains = any("rows" in needs(config.score, name) for name in taken)
             trained = {"data": data, "train": train, "mixer": mixer} if trains else {}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
@@ -220,6 +225,12 @@ class Context:
             steps.append(Step(f"{folder.parent.name}/{name}", folder, values, after, reads[name]))
             after = {steps[-1].name: steps[-1].fingerprint}
         return steps
+
+    def scored(self, stage: Stage) -> dict[str, Any]:
+        """What of the config decides the scores of a stage."""
+        options = self.config.score
+        named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
+        return {**score_inputs(options, stage.scorer), **named}
 
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from distill.config import DataConfig, Origin, PretrainConfig, RunConfig, ScoreConfig, SftConfig
+from distill.config import DataConfig, MmrConfig, Origin, PretrainConfig, RunConfig, ScoreConfig, SftConfig
 from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
@@ -28,6 +28,7 @@ from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible
 from distill.importance import COMBINED
 from distill.importance import available as scores
+from distill.importance.comparison import entries
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import terms_of
@@ -41,7 +42,7 @@ LOWEST: dict[str, float] = {
     r"data\.sequence_length": 2,  # one token has no next one to learn
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
     r"train\.((steps_by_stage|keep_steps)\[.*|teacher_top_k)": ABOVE_0,
-    r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
+    r"mixer\..*|score\.mmr\.(steps|heldout_tokens)|plan\.utilisation|measure\.batch_size": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
     r"measure\.(samples|top_p)": ABOVE_0,
     r"score\.loo\.few_shot": -1,
@@ -128,7 +129,8 @@ def check(config: RunConfig) -> None:
     _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
     check_scores(config.score)
-    choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
+    for entry in entries(config.score, config.score.later):
+        check_mmr(entry.options.mmr)
     _check_training(config)
     choose("engine.name", config.engine.name, ENGINES)
     check_outside("run_dir", config.run_dir, config.data, config.sft)
@@ -154,6 +156,20 @@ def check_scores(score: ScoreConfig) -> None:
     if GIVEN in (score.first, score.later) and (not score.given or len(set(score.given)) < len(score.given)):
         raise UserError(
             f"score.given={score.given} must be blocks, each once, in the order in which to replace them: [7, 8, 9]"
+        )
+
+
+def check_mmr(mmr: MmrConfig) -> None:
+    """Refuse what MMR does not know, and halving with candidates that are not compared with each other."""
+    choose("score.mmr.trainable", mmr.trainable, TRAINABLE)
+    if mmr.halving and mmr.halving_check:
+        raise UserError(
+            "score.mmr.halving drops candidates, score.mmr.halving_check says what that would have changed: set one"
+        )
+    if mmr.halving and mmr.candidates_at_once:
+        raise UserError(
+            f"score.mmr.candidates_at_once={mmr.candidates_at_once} with halving, which compares all of them at each "
+            "rung: leave it at 0, or set score.mmr.halving=false"
         )
 
 

@@ -31,7 +31,7 @@ Metric = Callable[[Any, Sequence[Variant]], Sequence[Mapping[str, float]]]
 evaluation. Batch by batch, every variant in turn, so that variants may share what a batch has in common."""
 
 
-PARTS = ("checks", "halving", "lockstep")
+PARTS = ("checks", "comparison", "halving", "lockstep")
 """Modules that are no scores themselves."""
 
 
@@ -95,11 +95,19 @@ def apart(name: str) -> bool:
     return hasattr(importlib.import_module(f"{__name__}.{name}"), "order")
 
 
-def join(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One record of the ``records`` that the score ``name`` has of disjoint candidates: as if scored together."""
+def join(
+    name: str, records: Sequence[Mapping[str, Any]], config: ScoreConfig | None = None, added: int = 1
+) -> dict[str, Any]:
+    """One record of the ``records`` that the score ``name`` has of disjoint candidates: as if scored together.
+
+    ``config`` and ``added`` (how many blocks are to be replaced) are for what a score says of all of its candidates.
+    """
+    module: Any = importlib.import_module(f"{__name__}.{name}")
     rows = sorted((row for record in records for row in record["blocks"]), key=lambda row: row["block"])
-    order: Callable[[Sequence[Mapping[str, float]]], list[int]] = importlib.import_module(f"{__name__}.{name}").order
-    return {**records[0], "blocks": rows, "order": order(rows)}
+    joined = {**records[0], "blocks": rows, "order": module.order(rows)}
+    if config is not None and hasattr(module, "complete"):
+        joined = module.complete(joined, config, added)
+    return joined
 
 
 def by_score(rows: Sequence[Mapping[str, float]]) -> list[int]:
