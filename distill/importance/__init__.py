@@ -1,8 +1,10 @@
 """Importance scores: one file each, whose name is the registered name.
 
 Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
-``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way;
-and ``order(rows) -> list[int]``, so that candidates can be scored apart, each alone, and joined.
+``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way.
+A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be scored
+apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a score
+has its rows looked at by ``checks.check_rows`` before an order is made use of.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ Metric = Callable[[Any, Sequence[Variant]], Sequence[Mapping[str, float]]]
 evaluation. Batch by batch, every variant in turn, so that variants may share what a batch has in common."""
 
 
+PARTS = ("checks", "halving", "lockstep")
+"""Modules that are no scores themselves."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """All that a score may use.
@@ -38,6 +44,7 @@ class Setup:
         metric: accuracy of variants of a model on prepared log-likelihood requests.
         rows: training rows; heldout: fixed rows, never trained on.
         report: called with (block, row) as each candidate is done.
+        added: how many blocks the stage is to replace.
     """
 
     model: Any
@@ -54,11 +61,12 @@ class Setup:
     dtype: str
     scratch: Path
     report: Callable[[int, dict[str, float]], None]
+    added: int = 1
 
 
 def available() -> list[str]:
-    """Names of the scores."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names of the scores: the modules here that are no part of another."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in PARTS)
 
 
 def scorer(name: str) -> Callable[[Setup], dict[str, Any]]:
@@ -66,6 +74,11 @@ def scorer(name: str) -> Callable[[Setup], dict[str, Any]]:
     choose("importance score", name, available())
     function: Callable[[Setup], dict[str, Any]] = importlib.import_module(f"{__name__}.{name}").score
     return function
+
+
+def apart(name: str) -> bool:
+    """Whether candidates can be scored apart by the score ``name``."""
+    return hasattr(importlib.import_module(f"{__name__}.{name}"), "order")
 
 
 def join(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
