@@ -28,6 +28,12 @@ LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_star
 
 OFFLINE = "offline"
 """The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
+ALIGNED = "aligned"
+"""The score whose options say how mixers are aligned, and the ``mixer.init`` by which they are."""
+OPTIONS = {"greedy": ALIGNED, "kl_restore": ALIGNED}
+"""Scores that read the options of another."""
+SCORING = 1
+"""The purpose (``Context.seed``) of the rows that importance scores train on."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
 
@@ -138,7 +144,12 @@ class Context:
         if not config.data.mixture:
             data.pop("mixture")
         by_block = {"blocks": config.mixer.blocks} if config.mixer.blocks else {}
+        aligned: dict[str, Any] = {}
         data["content"] = self.data
+        if config.mixer.init == ALIGNED:
+            size = {"batch_size": config.train.batch_size}
+            options = {key: value for key, value in asdict(config.score.aligned).items() if key != "at_once"}
+            aligned = {"aligned": {**size, **options}, "data": data, **trained_on}
         measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         ends: list[dict[str, str]] = []  # the training of every stage
@@ -146,13 +157,17 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            score = {"scorer": stage.scorer, **inputs_of(getattr(config.score, stage.scorer), LATER_MEASURED)}
+            options = getattr(config.score, OPTIONS.get(stage.scorer, stage.scorer))
+            score = {"scorer": stage.scorer, **inputs_of(options, LATER_MEASURED)}
+            score.pop("at_once", None)  # without effect on any bit
+            if stage.scorer in OPTIONS:  # tries go on until so many blocks are chosen
+                score["added"] = stage.added
             trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name, **by_block},
-                "swap": {**base, "mixer": mixer},
+                "swap": {**base, "mixer": mixer, **aligned},
                 **({"cache": cached} if offline else {}),
                 "train": {**base, "steps": stage.steps, "train": {**train, **stored}, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
@@ -173,11 +188,12 @@ class Context:
         if stage.start.stage is not None:
             source = self.stages[stage.start.stage]
             model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
+        scored = (self.folder(stage, "score"),) if self.config.mixer.init == ALIGNED else ()
         train, cache = self.folder(stage, "train"), self.folder(stage, "cache")
         return {
             "score": (*model, *mixers),
             "place": (self.folder(stage, "score"), *mixers),
-            "swap": (self.folder(stage, "place"), *model),
+            "swap": (self.folder(stage, "place"), *scored, *model),
             "cache": (self.folder(stage, "swap"),),
             "train": (self.folder(stage, "swap"), *([cache] if self.config.train.teacher_mode == OFFLINE else [])),
             "measure": (train / "checkpoint", train / "train.json"),
@@ -225,6 +241,11 @@ class Context:
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""
         return next(s for s in self.run_steps() if s.name == f"{stage.folder}/{name}")
+
+
+def rows_to_align(config: RunConfig) -> int:
+    """How many training rows an alignment of mixers takes."""
+    return config.score.aligned.steps * (config.score.aligned.batch_size or config.train.batch_size)
 
 
 def need(path: Path, verb: str) -> Path:

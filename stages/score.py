@@ -22,15 +22,15 @@ from typing import Any
 
 from distill import lock
 from distill.errors import UserError
-from distill.importance import Setup, join, scorer
+from distill.importance import Setup, apart, join, mixer_store, scorer
 from distill.mixers import set_kernels
 from distill.placement import ATTENTION
 from distill.records import Step, read_record, verify, write_json
-from distill.schedule import Stage
+from distill.schedule import TEACHER, Stage
 from distill.teacher import RememberingTeacher, load_model, load_tokenizer
 from eval.loglikelihood import prepare
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say, stage_main
-from stages.context import Context
+from stages.context import SCORING, Context, rows_to_align
 from stages.targets import check_device
 
 SHARED = ("baseline", "baseline_stderr", "questions", "heldout_tokens")
@@ -64,7 +64,7 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
     for key in SHARED:
         if len(values := {record[key] for record in records if key in record}) > 1:
             say(f"warning: {key} is not the same for every candidate ({min(values)} to {max(values)}): unlike machines")
-    result = join(stage.scorer, records)
+    result = join(stage.scorer, records) if apart(stage.scorer) else records[0]
     write_json(folder / "scores.json", result)
     say(f"  least important first: {result['order']}")
 
@@ -128,10 +128,12 @@ def scored(step: Step) -> dict[int, dict[str, Any]]:
 def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Path) -> Setup:
     """All that scoring ``blocks`` takes, the models loaded."""
     config = context.config
-    seed = begin(context, stage, 1)
+    seed = begin(context, stage, SCORING)
     tokenizer = load_tokenizer(config.teacher)
     teacher = RememberingTeacher(load_model(config.teacher, config.dtype))  # every candidate sees the same rows
-    dtype = "float32" if stage.scorer == "mmr" else config.dtype  # what is trained has float32 weights
+    dtype = config.dtype
+    if stage.scorer == "mmr" or (stage.scorer != "loo" and stage.start.name != TEACHER):
+        dtype = "float32"  # what is trained, or was, has float32 weights
     start, _ = context.before(stage)
     model = load_model(start, dtype)
     set_kernels(model, config.kernels)
@@ -140,10 +142,12 @@ def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Pat
     metric: Any = None
     rows: Any = None
     heldout: Any = None
-    if stage.scorer == "mmr":
-        length = config.data.sequence_length
-        rows = context.rows(tokenizer, options.mmr.steps * config.train.batch_size, seed)
-        heldout = context.rows(tokenizer, -(-options.mmr.heldout_tokens // length), HELD_OUT_SEED, held_out=True)
+    if stage.scorer != "loo":
+        length, aligns = config.data.sequence_length, stage.scorer != "mmr"
+        tokens = options.aligned.heldout_tokens if aligns else options.mmr.heldout_tokens
+        count = rows_to_align(config) if aligns else options.mmr.steps * config.train.batch_size
+        rows = context.rows(tokenizer, count, seed)
+        heldout = context.rows(tokenizer, -(-tokens // length), HELD_OUT_SEED, held_out=True)
     else:
         metric = prepare(
             options.loo.task,
@@ -173,4 +177,7 @@ def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Pat
         dtype=config.dtype,
         scratch=scratch,
         report=report,
+        added=stage.added,
+        kept=scratch.parent / mixer_store.FOLDER,
+        fingerprint=context.step(stage, "score").fingerprint,
     )

@@ -2,9 +2,9 @@
 
 Each has ``score(setup: Setup) -> dict`` with ``scorer``, ``blocks`` (a row for every candidate: ``block``,
 ``score``, and what went into it), ``order`` (the candidates, least important first) and what was measured on the way.
-A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be scored
-apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a score
-has its rows looked at by ``checks.check_rows`` before an order is made use of.
+A score with ``order(rows) -> list[int]`` besides has rows that do not depend on each other: its candidates can be
+scored apart, by other processes or in another session, and joined; any other is computed in one piece. Whoever calls a
+score has its rows looked at by ``checks.check_rows`` before an order is made use of.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Metric = Callable[[Any, Sequence[Variant]], Sequence[Mapping[str, float]]]
 evaluation. Batch by batch, every variant in turn, so that variants may share what a batch has in common."""
 
 
-PARTS = ("checks", "halving", "lockstep")
+PARTS = ("alignment", "checks", "halving", "lockstep", "mixer_store", "prefixes", "search")
 """Modules that are no scores themselves."""
 
 
@@ -45,6 +45,8 @@ class Setup:
         rows: training rows; heldout: fixed rows, never trained on.
         report: called with (block, row) as each candidate is done.
         added: how many blocks the stage is to replace.
+        kept: where mixers that a score has trained are kept, to be read again by this score or by the step that swaps
+            (None: nowhere); ``fingerprint``: of all that they depend on.
     """
 
     model: Any
@@ -62,6 +64,8 @@ class Setup:
     scratch: Path
     report: Callable[[int, dict[str, float]], None]
     added: int = 1
+    kept: Path | None = None
+    fingerprint: str = ""
 
 
 def available() -> list[str]:

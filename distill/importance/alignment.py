@@ -1,10 +1,10 @@
 """Aligned mixers: those of many blocks regressed, all at once, to the outputs of the attention that they replace.
 
 Each is fed what the current model feeds that attention (behind the input norm) and learns to give what it gives:
-min_l sum_t |m_l(x_t) - attention_l(x_t)|^2 / sum_t |attention_l(x_t)|^2 over the tokens of documents, one frozen forward
-pass a batch for all of them. Whatever a mixer becomes does not depend on which others are trained beside it. This is
-attention output alignment, the first step of RADLADS (arXiv:2505.03005) and of KL-guided layer selection
-(arXiv:2512.20569).
+sum_t |m_l(x_t) - attention_l(x_t)|^2 / sum_t |attention_l(x_t)|^2 is made small for every block l, over the tokens of
+documents, with one frozen forward pass a batch for all of them. What a mixer becomes does not depend on which others
+are trained beside it. This is attention output alignment, the first step of RADLADS (arXiv:2505.03005) and of KL-guided
+layer selection (arXiv:2512.20569).
 
 Legend: B = rows, T = tokens a row, E = hidden size.
 """
@@ -213,8 +213,11 @@ def batch_of(rows: Any, start: int, count: int, device: Any) -> dict[str, Tensor
 
 
 def in_dtype(mixers: Mapping[int, nn.Module], dtype: torch.dtype) -> dict[int, nn.Module]:
-    """The mixers as a model of ``dtype`` has them: A_log and D stay in float32."""
-    cast = {block: mixer if dtype == torch.float32 else copy.deepcopy(mixer).to(dtype) for block, mixer in mixers.items()}
-    for mixer in cast.values():
+    """The mixers as a model of ``dtype`` holds them: A_log and D stay in float32."""
+    if dtype == torch.float32:
+        return dict(mixers)
+    cast = {block: copy.deepcopy(mixer).to(dtype) for block, mixer in mixers.items()}
+    for block, mixer in cast.items():
         keep_fp32(mixer)
+        mixer.load_state_dict(mixers[block].state_dict())
     return cast
