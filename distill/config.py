@@ -174,7 +174,8 @@ class MixerConfig:
     d_conv: int = 4
     """Taps of the causal convolution."""
     init: str = "mil"
-    """``mil`` (from the attention that is replaced) or ``fresh`` (random)."""
+    """``mil`` (from the attention that is replaced), ``aligned`` (from there regressed to the attention's outputs, as
+    ``score.aligned`` says) or ``fresh`` (random)."""
     mil_layout: str = "aligned"
     """``aligned`` or ``faithful``: how keys and values meet queries under GQA."""
     z_init: str = "default"
@@ -237,6 +238,23 @@ class RecallDropConfig:
 
 
 @dataclass
+class AlignedConfig:
+    """Aligned mixers: regressed, all at once, to the outputs of the attention that they replace. What ``aligned``,
+    ``greedy`` and ``kl_restore`` score with, and what a stage starts from with ``mixer.init: aligned``."""
+
+    steps: int = 100
+    learning_rate: float = 2e-3
+    """Of AdamW, after a tenth of the steps of warm-up, then falling to 0."""
+    batch_size: int = 0
+    """Rows a step (0: ``train.batch_size``)."""
+    at_once: int = 0
+    """Mixers that are trained together, of which the optimizer's state is held (0: all). It changes no bit of them,
+    only how often the current model runs."""
+    heldout_tokens: int = 16384
+    """Fixed held-out tokens on which the KL of every candidate is taken."""
+
+
+@dataclass
 class ScoreConfig:
     """Which importance score each stage uses (docs/importance.md says which at which cost)."""
 
@@ -251,6 +269,7 @@ class ScoreConfig:
     is recorded. A score, with options of its own: ``[loo, mmr trainable=mixer]``."""
     loo: LooConfig = field(default_factory=LooConfig)
     mmr: MmrConfig = field(default_factory=MmrConfig)
+    aligned: AlignedConfig = field(default_factory=AlignedConfig)
     recall_drop: RecallDropConfig = field(default_factory=RecallDropConfig)
     given: list[int] = field(default_factory=list)
     """Of ``given``: blocks in the order in which to replace them, at least as many as the last stage replaces."""

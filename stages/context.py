@@ -11,7 +11,7 @@ from typing import Any
 from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
-from distill.importance import COMBINED, needs
+from distill.importance import COMBINED, needs, parts
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
 from distill.records import Step, read_record
@@ -30,6 +30,12 @@ LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_star
 
 OFFLINE = "offline"
 """The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
+ALIGNED = "aligned"
+"""The score whose options say how mixers are aligned, and the ``mixer.init`` by which they are."""
+OPTIONS = {"greedy": ALIGNED, "kl_restore": ALIGNED}
+"""Scores that read the options of another."""
+SCORING = 1
+"""The purpose (``Context.seed``) of the rows that importance scores train on."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
 SCORED_ALIKE = ("candidates_at_once", "at_once")
@@ -52,7 +58,7 @@ def score_inputs(config: ScoreConfig, name: str) -> dict[str, Any]:
     """A score and its own options, for fingerprints."""
     if name == COMBINED:
         return {"scorer": name, "parts": [score_inputs(config, part) for part in config.combine]}
-    own = getattr(config, name, {})
+    own = getattr(config, OPTIONS.get(name, name), {})
     kept = inputs_of(own, (*LATER, *LATER_MEASURED)) if dataclasses.is_dataclass(own) else {name: own}
     return {"scorer": name, **{key: value for key, value in kept.items() if key not in SCORED_ALIKE}}
 
@@ -151,7 +157,12 @@ class Context:
         if not config.data.mixture:
             data.pop("mixture")
         by_block = {"blocks": config.mixer.blocks} if config.mixer.blocks else {}
+        aligned: dict[str, Any] = {}
         data["content"] = self.data
+        if config.mixer.init == ALIGNED:
+            size = {"batch_size": config.train.batch_size}
+            options = {key: value for key, value in asdict(config.score.aligned).items() if key != "at_once"}
+            aligned = {"aligned": {**size, **options}, "data": data, **trained_on}
         measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         ends: list[dict[str, str]] = []  # the training of every stage
@@ -167,7 +178,7 @@ class Context:
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name, **by_block},
-                "swap": {**base, "mixer": mixer},
+                "swap": {**base, "mixer": mixer, **aligned},
                 **({"cache": cached} if offline else {}),
                 "train": {**base, "steps": stage.steps, "train": {**train, **stored}, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
@@ -188,11 +199,12 @@ class Context:
         if stage.start.stage is not None:
             source = self.stages[stage.start.stage]
             model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
+        scored = (self.folder(stage, "score"),) if self.config.mixer.init == ALIGNED else ()
         train, cache = self.folder(stage, "train"), self.folder(stage, "cache")
         return {
             "score": (*model, *mixers),
             "place": (self.folder(stage, "score"), *mixers),
-            "swap": (self.folder(stage, "place"), *model),
+            "swap": (self.folder(stage, "place"), *scored, *model),
             "cache": (self.folder(stage, "swap"),),
             "train": (self.folder(stage, "swap"), *([cache] if self.config.train.teacher_mode == OFFLINE else [])),
             "measure": (train / "checkpoint", train / "train.json"),
@@ -230,6 +242,9 @@ class Context:
         """What of the config decides the scores of a stage."""
         options = self.config.score
         named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
+        taken = [*parts(options, stage.scorer), *(text.split()[0] for text in options.compare if text.strip())]
+        if set(taken) & OPTIONS.keys():  # these go on until so many blocks are chosen
+            named["added"] = [stage.added]
         return {**score_inputs(options, stage.scorer), **named}
 
     def computed(self) -> dict[str, Any]:
@@ -246,6 +261,11 @@ class Context:
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""
         return next(s for s in self.run_steps() if s.name == f"{stage.folder}/{name}")
+
+
+def rows_to_align(config: RunConfig) -> int:
+    """How many training rows an alignment of mixers takes."""
+    return config.score.aligned.steps * (config.score.aligned.batch_size or config.train.batch_size)
 
 
 def need(path: Path, verb: str) -> Path:

@@ -27,18 +27,18 @@ import pandas as pd
 
 from distill import distributed, lock
 from distill.errors import UserError
-from distill.importance import Setup, join, needs, scorer
+from distill.importance import Setup, join, mixer_store, needs, parts, scorer
 from distill.importance.checks import check_enough, check_rows
 from distill.importance.comparison import Entry, compared, entries
 from distill.mixers import set_kernels
 from distill.progress import Countdown
 from distill.records import fingerprint, verify, write_json
-from distill.schedule import Stage
+from distill.schedule import TEACHER, Stage
 from distill.teacher import RememberingTeacher, load_model, load_tokenizer
 from eval.loglikelihood import prepare, prepare_all
 from stages.candidates import Known, candidates, chosen, known
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say, stage_main
-from stages.context import Context
+from stages.context import SCORING, Context, rows_to_align
 from stages.ranks import share
 from stages.targets import check_device
 
@@ -169,11 +169,13 @@ def score_candidate(args: argparse.Namespace) -> int:
 def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int], store: Known | None) -> Setup:
     """All that scoring ``blocks`` takes, the models loaded; rows are noted in ``store`` as they come."""
     config, options = context.config, entry.options
-    seed = begin(context, stage, 1)
+    seed = begin(context, stage, SCORING)
     tokenizer = load_tokenizer(config.teacher)
     teacher = RememberingTeacher(load_model(config.teacher, config.dtype))  # every candidate sees the same rows
-    read = needs(options, entry.scorer)
-    dtype = "float32" if "rows" in read else config.dtype  # what is trained has float32 weights
+    read, taken = needs(options, entry.scorer), parts(options, entry.scorer)
+    dtype = config.dtype
+    if "mmr" in taken or ("rows" in read and stage.start.name != TEACHER):
+        dtype = "float32"  # what is trained, or was, has float32 weights
     start, _ = context.before(stage)
     model = load_model(start, dtype)
     set_kernels(model, config.kernels)
@@ -184,9 +186,15 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
     rows: Any = None
     heldout: Any = None
     if "rows" in read:
+        sizes = {  # of training rows, and of held-out tokens
+            "mmr": (options.mmr.steps * config.train.batch_size, options.mmr.heldout_tokens),
+            "aligned": (rows_to_align(config), options.aligned.heldout_tokens),
+        }
+        wanted = [sizes.get(each, sizes["aligned"]) for each in taken if needs(options, each) & {"rows"}]
+        rows = context.rows(tokenizer, max(count for count, _ in wanted), seed)
+        tokens = max(tokens for _, tokens in wanted)
         length = config.data.sequence_length
-        rows = context.rows(tokenizer, options.mmr.steps * config.train.batch_size, seed)
-        heldout = context.rows(tokenizer, -(-options.mmr.heldout_tokens // length), HELD_OUT_SEED, held_out=True)
+        heldout = context.rows(tokenizer, -(-tokens // length), HELD_OUT_SEED, held_out=True)
     if "tasks" in read:
 
         def tasks(names: Sequence[str], questions: int) -> Any:
@@ -229,6 +237,8 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
         report=report,
         tasks=tasks,
         added=stage.added,
+        kept=context.step(stage, "score").partial / mixer_store.FOLDER,
+        fingerprint=context.step(stage, "score").fingerprint,
     )
 
 

@@ -43,6 +43,7 @@ LOWEST: dict[str, float] = {
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
     r"train\.((steps_by_stage|keep_steps)\[.*|teacher_top_k)": ABOVE_0,
     r"mixer\..*|score\.mmr\.(steps|heldout_tokens)|plan\.utilisation|measure\.batch_size": ABOVE_0,
+    r"score\.aligned\.(steps|learning_rate|heldout_tokens)": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
     r"measure\.(samples|top_p)": ABOVE_0,
     r"score\.loo\.few_shot": -1,

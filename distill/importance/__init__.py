@@ -31,7 +31,7 @@ Metric = Callable[[Any, Sequence[Variant]], Sequence[Mapping[str, float]]]
 evaluation. Batch by batch, every variant in turn, so that variants may share what a batch has in common."""
 
 
-PARTS = ("checks", "comparison", "halving", "lockstep")
+PARTS = ("alignment", "checks", "comparison", "halving", "lockstep", "mixer_store", "prefixes", "search")
 """Modules that are no scores themselves."""
 
 
@@ -47,6 +47,8 @@ class Setup:
         rows: training rows; heldout: fixed rows, never trained on.
         report: called with (block, row) as each candidate is done.
         added: how many blocks the stage is to replace.
+        kept: where mixers that a score has trained are kept, to be read again by this score or by the step that swaps
+            (None: nowhere); ``fingerprint``: of all that they depend on.
         tasks: ``tasks(names, questions)``: as ``metric``, of other questions: so many of several tasks together.
     """
 
@@ -65,6 +67,8 @@ class Setup:
     scratch: Path
     report: Callable[[int, dict[str, float]], None]
     added: int = 1
+    kept: Path | None = None
+    fingerprint: str = ""
     tasks: Callable[[Sequence[str], int], Metric] | None = None
 
 
@@ -72,10 +76,16 @@ COMBINED = "combine"
 """The score that other scores go into."""
 
 
+def parts(config: ScoreConfig, name: str) -> list[str]:
+    """The scores that the score ``name`` takes: itself, or those that it combines."""
+    return config.combine if name == COMBINED else [name]
+
+
 def needs(config: ScoreConfig, name: str) -> frozenset[str]:
     """What the score ``name`` reads of a ``Setup``."""
-    parts = config.combine if name == COMBINED else [name]
-    return frozenset(need for part in parts for need in importlib.import_module(f"{__name__}.{part}").NEEDS)
+    return frozenset(
+        need for part in parts(config, name) for need in importlib.import_module(f"{__name__}.{part}").NEEDS
+    )
 
 
 def available() -> list[str]:
