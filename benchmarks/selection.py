@@ -39,6 +39,7 @@ from benchmarks.claims import placed_in
 from distill.config import LooConfig, MixerConfig, MmrConfig, RecallDropConfig, ScoreConfig, TrainConfig
 from distill.data.traces import EmbeddedTraces
 from distill.importance import Setup, needs, scorer
+from distill.importance.combine import RANK, ordered
 from distill.teacher import RememberingTeacher
 from eval.loglikelihood import prepare_all
 
@@ -98,6 +99,7 @@ SELECTORS = {
     "kl_restore": Selector("kl_restore", seeds=True),
     "recall_drop": Selector("recall_drop"),
     "loo + aligned": Selector("combine", {"of": ("loo", "aligned")}, seeds=True),
+    "loo + mmr, mixer": Selector("combine", {"of": ("loo", "mmr, mixer")}, seeds=True),
     "uniform": Selector("uniform"),
     "random": Selector("random", seeds=True),
     "first": Selector("first"),
@@ -123,6 +125,25 @@ class Ledger:
         """The order of a selector; under a seed that it was not run with, that of the first."""
         found = {row["seed"]: row["order"] for row in self.kind("selection", teacher) if row["selector"] == name}
         return found.get(seed, found[min(found)]) if found else None
+
+    def combined(self, teacher: str, label: str, seed: int) -> Row | None:
+        """The combination of selectors that the ledger has: what the score ``combine`` would give, none run again."""
+        found = []
+        for name in SELECTORS[label].options["of"]:
+            runs = {row["seed"]: row for row in self.kind("selection", teacher) if row["selector"] == name}
+            if not runs or (SELECTORS[name].seeds and seed not in runs):
+                return None
+            found.append(runs.get(seed, runs[min(runs)]))
+        ranks = [{block: 1 + place for place, block in enumerate(row["order"])} for row in found]
+        rows = [
+            {"block": block, "score": mean(rank[block] for rank in ranks), f"{RANK}first": ranks[0][block]}
+            for block in sorted(ranks[0])
+        ]
+        return {
+            "kind": "selection", "teacher": teacher, "selector": label, "seed": seed, "order": ordered(rows),
+            "scores": {str(row["block"]): row["score"] for row in rows},
+            "seconds": round(sum(row["seconds"] for row in found), 1), "tokens": sum(row["tokens"] for row in found),
+        }  # fmt: skip
 
     def kind(self, kind: str, teacher: str) -> list[Row]:
         return [row for row in self.rows if row["kind"] == kind and row["teacher"] == teacher]
@@ -177,6 +198,7 @@ def select(bench: Bench, name: str, selector: Selector, seed: int, args: argpars
         began = time.process_time()
         record = scorer(selector.score)(setup)
         seconds = time.process_time() - began
+    assert selector.score != "combine", "of the ledger's own orders"
     trained = args.score_steps * train.batch_size * LENGTH if "rows" in read else 0
     return {
         "kind": "selection",
@@ -200,7 +222,6 @@ def score_config(subject: Subject, selector: Selector, args: argparse.Namespace)
             recall=[task for family, task in tasks.items() if family in RECALL],
             rest=[task for family, task in tasks.items() if family not in RECALL],
         ),
-        combine=list(selector.options.get("of", ())),
     )
     if hasattr(config, "aligned"):
         config.aligned = replace(config.aligned, steps=args.score_steps)
@@ -259,10 +280,27 @@ def selections(ledger: Ledger, args: argparse.Namespace) -> Iterator[tuple[Any, 
         for name in args.teachers:
             for label in args.selectors:
                 selector = SELECTORS[label]
+                if selector.score == "combine" or not answers(selector, SUBJECTS[name]):
+                    continue
                 once = not selector.seeds or label in args.once
                 done = {row["seed"] for row in ledger.kind("selection", name) if row["selector"] == label}
                 if seed not in done and not (once and seed != args.seeds[0]):
                     yield "selection", name, label, seed
+
+
+def answers(selector: Selector, subject: Subject) -> bool:
+    """Whether a selector has what it asks: recall_drop needs families of both kinds."""
+    return selector.score != "recall_drop" or len({family in RECALL for family in subject.families}) == 2
+
+
+def combine(ledger: Ledger, args: argparse.Namespace) -> None:
+    """Add the combinations of selectors that are in the ledger."""
+    for name in args.teachers:
+        done = {(row["selector"], row["seed"]) for row in ledger.kind("selection", name)}
+        for label, selector in SELECTORS.items():
+            for seed in args.seeds if selector.score == "combine" else ():
+                if (label, seed) not in done and (row := ledger.combined(name, label, seed)) is not None:
+                    ledger.add(row)
 
 
 def arms(ledger: Ledger, args: argparse.Namespace) -> list[tuple[Any, ...]]:
@@ -463,6 +501,7 @@ def main() -> None:
     ledger = Ledger(args.ledger)
     if "select" in args.what:
         run(list(selections(ledger, args)), ledger, args)
+        combine(ledger, args)
     if "arms" in args.what:
         run(arms(ledger, args), ledger, args)
     found = tables(ledger, args)

@@ -13,6 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.hybrid.surgery import hybridize
 from distill.importance.alignment import align
 from distill.importance.mixer_store import FOLDER, MixerStore
