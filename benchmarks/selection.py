@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -323,7 +323,7 @@ def run(jobs: Sequence[tuple[Any, ...]], ledger: Ledger, args: argparse.Namespac
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(work, job, args): job for job in jobs}
+        futures: list[Future[Row]] = [pool.submit(work, job, args) for job in jobs]
         for number, future in enumerate(as_completed(futures), 1):
             row = future.result()
             ledger.add(row)
