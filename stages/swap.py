@@ -47,9 +47,7 @@ def swap(context: Context, stage: Stage, folder: Path) -> None:
     say(f"{stage.name}: {len(placement['added'])} mixers of {stage.start.name} start from {config.mixer.init}")
 
 
-def aligned_weights(
-    context: Context, stage: Stage, model: Any, blocks: list[int]
-) -> dict[int, dict[str, torch.Tensor]]:
+def aligned_weights(context: Context, stage: Stage, model: Any, blocks: list[int]) -> dict[int, dict[str, Any]]:
     """By block, the weights of its aligned mixer: kept by the score step, or aligned here on the same rows."""
     config, step = context.config, context.step(stage, "score")
     store = MixerStore(step.folder / FOLDER, step.fingerprint)
