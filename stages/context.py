@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig, Origin, RunConfig
+from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
+from distill.importance import COMBINED, needs, parts
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
-from distill.records import Step, read_record
+from distill.records import Step, fingerprint, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
 LATER = (
     "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
-    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k",
+    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k", "lockstep", "halving",
+    "halving_check",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_start", "reasoning_end")
@@ -36,6 +38,8 @@ SCORING = 1
 """The purpose (``Context.seed``) of the rows that importance scores train on."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
+SCORED_ALIKE = ("candidates_at_once", "at_once")
+"""Keys of a score that change no bit of it."""
 
 
 def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
@@ -48,6 +52,15 @@ def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
     if "mixture" in kept:
         kept["mixture"] = [inputs_of(entry) for entry in part.mixture]
     return kept
+
+
+def score_inputs(config: ScoreConfig, name: str) -> dict[str, Any]:
+    """A score and its own options, for fingerprints."""
+    if name == COMBINED:
+        return {"scorer": name, "parts": [score_inputs(config, part) for part in config.combine]}
+    own = getattr(config, OPTIONS.get(name, name), {})
+    kept = inputs_of(own, (*LATER, *LATER_MEASURED)) if dataclasses.is_dataclass(own) else {name: own}
+    return {"scorer": name, **{key: value for key, value in kept.items() if key not in SCORED_ALIKE}}
 
 
 @dataclass
@@ -157,12 +170,10 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            options = getattr(config.score, OPTIONS.get(stage.scorer, stage.scorer))
-            score = {"scorer": stage.scorer, **inputs_of(options, LATER_MEASURED)}
-            score.pop("at_once", None)  # without effect on any bit
-            if stage.scorer in OPTIONS:  # tries go on until so many blocks are chosen
-                score["added"] = stage.added
-            trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            score = self.scored(stage)
+            taken = [stage.scorer, *(text.split()[0] for text in config.score.compare if text.strip())]
+            trains = any("rows" in needs(config.score, name) for name in taken)
+            trained = {"data": data, "train": train, "mixer": mixer} if trains else {}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
@@ -227,6 +238,15 @@ class Context:
             after = {steps[-1].name: steps[-1].fingerprint}
         return steps
 
+    def scored(self, stage: Stage) -> dict[str, Any]:
+        """What of the config decides the scores of a stage."""
+        options = self.config.score
+        named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
+        taken = [*parts(options, stage.scorer), *(text.split()[0] for text in options.compare if text.strip())]
+        if set(taken) & OPTIONS.keys():  # these go on until so many blocks are chosen
+            named["added"] = [stage.added]
+        return {**score_inputs(options, stage.scorer), **named}
+
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""
         return {"threads": self.threads, "kernels": self.config.kernels}
@@ -246,6 +266,12 @@ class Context:
 def rows_to_align(config: RunConfig) -> int:
     """How many training rows an alignment of mixers takes."""
     return config.score.aligned.steps * (config.score.aligned.batch_size or config.train.batch_size)
+
+
+def mixers_of(step: Step, options: ScoreConfig) -> str:
+    """Of all that the aligned mixers of a score step depend on, taken with these options."""
+    own = {key: value for key, value in asdict(options.aligned).items() if key not in ("at_once", "heldout_tokens")}
+    return fingerprint([step.fingerprint, own])
 
 
 def need(path: Path, verb: str) -> Path:

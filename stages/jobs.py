@@ -1,8 +1,9 @@
 """The jobs of a run, and their sbatch scripts, as pure text.
 
-One job a step, each after the one before it: ``score`` (a job array, a task for each block that still has attention),
-``swap``, ``train`` and ``measure`` for every stage, then ``report``. Joining the scores, choosing the blocks and
-swapping them share one job: the first two take seconds, and would each wait in the queue for longer than they work.
+One job a step, each after the one before it: ``score`` (a job array with a task for each candidate, where these can be
+scored apart), ``swap``, ``train`` and ``measure`` for every stage, then ``report``. Joining the scores, choosing the
+blocks and swapping them share one job: the first two take seconds, and would each wait in the queue for longer than
+they work.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill import interrupt
-from distill.config import SlurmConfig
+from distill.config import ScoreConfig, SlurmConfig
 from distill.errors import UserError
+from distill.importance.comparison import entries
 from distill.schedule import Stage
 
 VERBS = {"score": ("score",), "swap": ("score", "place", "swap"), "train": ("train",), "measure": ("measure",)}
@@ -70,13 +72,19 @@ class Job:
         return self.key.replace("/", "-")
 
 
-def chain(name: str, run: Path, stages: Sequence[Stage]) -> list[Job]:
-    """Every job of a run, in order; each waits for the one before it. ``run`` is the run folder."""
+def whole_scores(score: ScoreConfig) -> set[str]:
+    """Of the scores of a run, those whose candidates are not scored apart: they get one job, and no array."""
+    return {name for name in (score.first, score.later) if not entries(score, name)[0].apart}
+
+
+def chain(name: str, run: Path, stages: Sequence[Stage], whole: Collection[str] = ()) -> list[Job]:
+    """Every job of a run, in order; each waits for the one before it. ``run`` is the run folder, ``whole`` as in
+    ``whole_scores``."""
     jobs: list[Job] = []
     for stage in stages:
         for kind, verbs in VERBS.items():
             commands = tuple((verb, str(run), "--stage", str(stage.index + 1)) for verb in verbs)
-            tasks = tuple(range(stage.num_blocks - stage.start.replaced)) if kind == "score" else ()
+            tasks = tuple(range(stage.candidates)) if kind == "score" and stage.scorer not in whole else ()
             jobs.append(Job(f"{stage.folder}/{kind}", f"{name}-{stage.folder}-{kind}", commands, tasks))
     jobs.append(Job("report", f"{name}-report", (("report", str(run)),)))
     return jobs

@@ -35,6 +35,7 @@ from eval.machine import DEVICES, Machine
 from eval.roofline import pays_from
 from stages.common import say
 from stages.lineage import lineage_tokens, stages_of, unrecorded
+from stages.speedup import settle
 from stages.targets import read_config
 
 GB = 1e9
@@ -54,6 +55,7 @@ class Sizes:
 def main(args: argparse.Namespace) -> int:
     config = read_config(args.target, args.overrides)
     teacher = teacher_config(config)
+    settle(config, teacher, say)
     stages = stages_of(config, teacher)
     for line in plan(config, teacher, stages):
         say(line)

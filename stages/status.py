@@ -17,7 +17,7 @@ from pathlib import Path
 from distill import lock
 from stages import ledger
 from stages.common import say
-from stages.jobs import AGAIN, Job, chain
+from stages.jobs import AGAIN, Job, chain, whole_scores
 from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     except SchedulerError as error:
         standing, asked = {}, False
         notes.append(f"the run folder's records alone: {error}")
-    jobs = chain(config.name, run, stages)
+    jobs = chain(config.name, run, stages, whole_scores(config.score))
     left = {job.key: job for job in ledger.left(run, jobs)}
     works = [work(run, job, left.get(job.key), steps.get(job.key.partition("/")[0], 0)) for job in jobs]
     rows = [row(run, job, done, standing.get(job.key, [])) for job, done in zip(jobs, works, strict=True)]

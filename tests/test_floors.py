@@ -120,6 +120,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "stages",
+        "stages.candidates",
         "stages.common",
         "stages.context",
         "stages.failures",

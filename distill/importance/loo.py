@@ -16,6 +16,8 @@ import torch
 
 from distill.importance import Setup
 
+NEEDS = ("metric",)
+
 
 @contextmanager
 def block_as_identity(model: Any, block: int) -> Iterator[None]:

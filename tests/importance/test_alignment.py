@@ -83,7 +83,9 @@ def test_kept_mixers_are_read_again_and_torn_or_foreign_ones_are_not(
     assert list(again.mixers) == [0, 1, 2] and again.errors == whole.errors
     assert all(same(again.mixers[block], whole.mixers[block]) for block in (0, 1, 2))
     assert MixerStore(tmp_path / "kept", "of others").read(0) is None
-    assert sorted(path.name for path in store.folder.iterdir()) == [f"block-00{i}.safetensors" for i in range(3)]
+    assert sorted(path.name for path in store.path(0).parent.iterdir()) == [
+        f"block-00{i}.safetensors" for i in range(3)
+    ]
 
 
 def test_a_rate_that_is_too_high_is_named(llama: Any, traces: Callable[..., Any]) -> None:

@@ -51,7 +51,11 @@ def test_candidates_apart_are_candidates_together(
     assert f"{count} of {count} candidates are scored already" in capsys.readouterr().out
     done = folder.with_name("score")
     assert (done / "scores.json").read_bytes() == before
-    assert not folder.exists() and sorted(path.name for path in done.iterdir()) == ["scores.json", "step.json"]
+    assert not folder.exists() and sorted(path.name for path in done.iterdir()) == [
+        "importance.parquet",
+        "scores.json",
+        "step.json",
+    ]
 
 
 def test_what_is_missing_is_scored_as_they_are_joined(unscored: Callable[[int], tuple[Path, bytes]]) -> None:
