@@ -17,7 +17,7 @@ FOLDER = "aligned"
 
 @dataclass(frozen=True)
 class MixerStore:
-    """Mixers in a folder of ``folder`` that is named by ``fingerprint``: what was made from other inputs is not seen."""
+    """Mixers in ``folder``, in a folder of it named by ``fingerprint``: what was made from other inputs is not seen."""
 
     folder: Path
     fingerprint: str
