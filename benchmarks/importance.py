@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -59,6 +59,14 @@ STEPS = {8: 40, 16: 20, 32: 8, 10: 60}
 BOUNDS = {"mmr": {8: 0.55, 16: 0.50, 32: 0.46}, "loo": {8: 0.60, 16: 0.56, 32: 0.54}, "aligned": {16: 0.10}}
 """What is asked of each ratio."""
 Timed = Callable[[], Any]
+
+
+class Run(NamedTuple):
+    """Seconds that a way took, for how many of them a core worked, and what it gave."""
+
+    seconds: float
+    busy: float
+    value: Any
 
 
 def main() -> None:
@@ -121,8 +129,8 @@ def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[
         setup = setup_of(model, tokenizer, args, 1, metric=requests.compare)
         return [row["score"] for row in scorer("loo")(setup)["blocks"]]
 
-    (one, first), (other, second) = in_turns([shared, naive], max(args.rounds, 2))
-    return {"seconds": one, "naive": other, "time_ratio": one / other, "identical": first == second}
+    ours, other = in_turns([shared, naive], max(args.rounds, 2))
+    return {**ratios(ours, other), "identical": ours.value == other.value}
 
 
 def mixer_mmr(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
@@ -139,11 +147,14 @@ def mixer_mmr(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     def remembering() -> list[int]:
         return order(separate(replace(setup, teacher=RememberingTeacher(model))))
 
-    (one, first), (other, second), (third, _) = in_turns([together, apart, remembering], args.rounds)
+    ours, other, third = in_turns([together, apart, remembering], args.rounds)
     return {
-        "seconds": one, "separate": other, "remembering": third, "time_ratio": one / other,
-        "time_ratio_remembering": one / third, "spearman": spearman(first, second), "order": second,
-    }  # fmt: skip
+        **ratios(ours, other),
+        "time_ratio_remembering": ours.seconds / third.seconds,
+        "busy_ratio_remembering": ours.busy / third.busy,
+        "spearman": spearman(ours.value, other.value),
+        "order": other.value,
+    }
 
 
 def aligned(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
@@ -155,12 +166,17 @@ def aligned(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     def faithful() -> dict[str, Any]:
         return scorer("mmr")(replace(setup, teacher=RememberingTeacher(setup.teacher.model)))
 
-    (one, first), (other, second) = in_turns([ours, faithful], args.rounds)
+    one, other = in_turns([ours, faithful], args.rounds)
+    first, second = one.value, other.value
     losses = [{int(row["block"]): round(row["score"], 4) for row in each["blocks"]} for each in (first, second)]
     return {
-        "seconds": one, "mmr": other, "time_ratio": one / other, "spearman": spearman(first["order"], second["order"]),
-        "order": first["order"], "mmr_order": second["order"], "scores": losses[0], "mmr_scores": losses[1],
-    }  # fmt: skip
+        **ratios(one, other),
+        "spearman": spearman(first["order"], second["order"]),
+        "order": first["order"],
+        "mmr_order": second["order"],
+        "scores": losses[0],
+        "mmr_scores": losses[1],
+    }
 
 
 def setup_of(model: Any, tokenizer: Any, args: argparse.Namespace, steps: int, metric: Any = None) -> Setup:
@@ -186,18 +202,27 @@ def setup_of(model: Any, tokenizer: Any, args: argparse.Namespace, steps: int, m
     )
 
 
-def in_turns(ways: Sequence[Timed], rounds: int) -> list[tuple[float, Any]]:
-    """Each way's least seconds and what it gave, the ways in turn, there and back."""
-    found: dict[int, tuple[float, Any]] = {}
+def in_turns(ways: Sequence[Timed], rounds: int) -> list[Run]:
+    """Each way's least times and what it gave, the ways in turn, there and back."""
+    found: dict[int, list[Run]] = {number: [] for number in range(len(ways))}
     for turn in range(rounds):
-        for number in list(range(len(ways)))[:: -1 if turn % 2 else 1]:
+        for number in list(found)[:: -1 if turn % 2 else 1]:
             set_seed(0)
             with contextlib.redirect_stdout(io.StringIO()):
-                began = time.perf_counter()
+                began, busy = time.perf_counter(), time.process_time()
                 value = ways[number]()
-                seconds = time.perf_counter() - began
-            found[number] = min(found.get(number, (seconds, value)), (seconds, value), key=lambda pair: pair[0])
-    return [found[number] for number in range(len(ways))]
+                found[number].append(Run(time.perf_counter() - began, time.process_time() - busy, value))
+    return [Run(min(r.seconds for r in runs), min(r.busy for r in runs), runs[0].value) for runs in found.values()]
+
+
+def ratios(ours: Run, other: Run) -> dict[str, float]:
+    """Times of both, and their ratio: of seconds, and of what the cores worked, which other work hardly changes."""
+    return {
+        "seconds": ours.seconds,
+        "other_seconds": other.seconds,
+        "time_ratio": ours.seconds / other.seconds,
+        "busy_ratio": ours.busy / other.busy,
+    }
 
 
 def teachers(tokenizer: Any, args: argparse.Namespace) -> Any:
@@ -268,9 +293,12 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "mmr_time_ratio": by_depth("mmr", "time_ratio"),
         "mmr_time_ratio_remembering": by_depth("mmr", "time_ratio_remembering"),
         "mmr_spearman": by_depth("mmr", "spearman"),
+        "mmr_busy_ratio": by_depth("mmr", "busy_ratio"),
         "loo_time_ratio": by_depth("loo", "time_ratio"),
+        "loo_busy_ratio": by_depth("loo", "busy_ratio"),
         "loo_identical": by_depth("loo", "identical"),
         "aligned_time_ratio": by_depth("aligned", "time_ratio"),
+        "aligned_busy_ratio": by_depth("aligned", "busy_ratio"),
         "aligned_spearman": by_depth("aligned", "spearman"),
         "results": results,
     }
