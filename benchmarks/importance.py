@@ -54,7 +54,7 @@ from eval.loglikelihood import prepare
 LENGTH, HELD_OUT_SEED = 128, 90_001
 MIX = {"add": 1.0, "mod": 1.0, "chase": 1.0, "recall": 1.0, "sort": 1.0}
 EMBEDDED = "embedded"
-STEPS = {8: 40, 16: 20, 32: 8, 10: 60}
+STEPS = {8: 40, 16: 20, 32: 8, 10: 40}
 """Of MMR, by depth (10: the embedded teacher), in place of 100."""
 BOUNDS = {"mmr": {8: 0.55, 16: 0.50, 32: 0.46}, "loo": {8: 0.60, 16: 0.56, 32: 0.54}, "aligned": {16: 0.10}}
 """What is asked of each ratio."""
@@ -75,10 +75,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="turns of each way")
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens a step")
+    parser.add_argument("--rows", type=int, default=4, help="rows of 128 tokens a step")
     parser.add_argument("--questions", type=int, default=100, help="of leave-one-out")
     parser.add_argument("--budget", type=float, default=1.0, help="share of the steps to take")
-    parser.add_argument("--teacher-seconds", type=float, default=45.0, help="training of each teacher")
+    parser.add_argument("--teacher-seconds", type=float, default=30.0, help="training of each teacher")
     parser.add_argument("--without-embedded", action="store_true", help="leave the embedded teacher out")
     parser.add_argument("--without-all", action="store_true", help="leave out MMR that trains everything, and aligned")
     args = parser.parse_args()

@@ -307,6 +307,7 @@ LATE_DATA = [
     ([*MMR, "data.source={tmp}/no_target.jsonl"], "no_target.jsonl:2"),
     ([*MMR, "data.source={tmp}/numbers.jsonl"], "numbers.jsonl:1"),
     ([*MMR, "data.source={tmp}/binary.jsonl"], "binary.jsonl"),
+    ([*MMR[:3], "score.first=aligned", "score.aligned={steps: 3, learning_rate: 2.0e9}"], "is no longer finite after"),
 ]
 RUNS = [
     (["run", "demo", "run_dir={tmp}/a_file"], "a_file"),
