@@ -89,9 +89,10 @@ def main() -> None:
     for layers, model in teachers(tokenizer, args):
         results[str(layers)] = measured(model, tokenizer, args, layers)
     if not args.without_embedded:
-        model = load_model(EMBEDDED)
-        steps = max(int(STEPS[10] * args.budget), 1)
-        results[EMBEDDED] = {"steps": steps, "aligned": aligned(setup_of(model, tokenizer, args, steps), args)}
+        steps, args.rows = max(int(STEPS[10] * args.budget), 1), 2 * args.rows
+        found = aligned(setup_of(load_model(EMBEDDED), tokenizer, args, steps), args)
+        results[EMBEDDED] = {"steps": steps, "aligned": found}
+        tell(10, "aligned", found)
     print(json.dumps({**summary(results), "threads": args.threads, "seconds": time.perf_counter() - began}))
 
 
@@ -117,17 +118,18 @@ def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[
     requests: Requests = prepare("embedded_choice", tokenizer, model, args.questions)
     blocks = range(model.config.num_hidden_layers)
 
-    def naive() -> list[float]:
-        base, *others = [requests.evaluate(model)["accuracy"], *(without(block) for block in blocks)]
-        return [base - other for other in others]
+    def naive() -> list[tuple[float, float]]:
+        base = requests.evaluate(model)["accuracy"]
+        figures = [without(block) for block in blocks]
+        return [(base - each["accuracy"], each["loglikelihood"]) for each in figures]
 
-    def without(block: int) -> float:
+    def without(block: int) -> dict[str, float]:
         with block_as_identity(model, block):
-            return requests.evaluate(model)["accuracy"]
+            return requests.evaluate(model)
 
-    def shared() -> list[float]:
+    def shared() -> list[tuple[float, float]]:
         setup = setup_of(model, tokenizer, args, 1, metric=requests.compare)
-        return [row["score"] for row in scorer("loo")(setup)["blocks"]]
+        return [(row["score"], row["loglikelihood"]) for row in scorer("loo")(setup)["blocks"]]
 
     ours, other = in_turns([shared, naive], max(args.rounds, 2))
     return {**ratios(ours, other), "identical": ours.value == other.value}

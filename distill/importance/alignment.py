@@ -146,8 +146,9 @@ def align(
             set_kernels(each, kernels)
         found.errors.update(_train(model, mixers, rows, options, size, dtype, say))
         found.mixers.update(mixers)
-        for block in part if store is not None else ():
-            store.write(block, mixers[block], found.errors[block])
+        if store is not None:
+            for block in part:
+                store.write(block, mixers[block], found.errors[block])
     for each in found.mixers.values():
         set_kernels(each.requires_grad_(False), kernels)
     order = sorted(found.mixers)

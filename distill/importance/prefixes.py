@@ -40,7 +40,7 @@ class Recording:
         (states, *_), _ = self.calls[block]
         for layer, ((_, *rest), options) in zip(self.model.model.layers[block:], self.calls[block:], strict=True):
             states = layer(states, *rest, **options)
-        return self.model.model.norm(states)  # type: ignore[no-any-return]
+        return self.model.model.norm(states)
 
 
 @torch.no_grad()
