@@ -11,7 +11,7 @@ from typing import Any
 from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
-from distill.importance import COMBINED, needs, parts
+from distill.importance import COMBINED, OPTIONS, needs, parts
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
 from distill.records import Step, fingerprint, read_record
@@ -32,8 +32,6 @@ OFFLINE = "offline"
 """The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
 ALIGNED = "aligned"
 """The score whose options say how mixers are aligned, and the ``mixer.init`` by which they are."""
-OPTIONS = {"greedy": ALIGNED, "kl_restore": ALIGNED}
-"""Scores that read the options of another."""
 SCORING = 1
 """The purpose (``Context.seed``) of the rows that importance scores train on."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
