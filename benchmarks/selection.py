@@ -76,7 +76,7 @@ class Subject:
 
 SUBJECTS = {
     "embedded": Subject("embedded", ("add", "mod", "chase", "recall", "sort"), (5, 6, 7)),
-    "small": Subject("runs/teacher_small", ("add", "sort"), (4, 5, 6)),
+    "small": Subject("runs/teacher_small", ("add", "recall", "sort"), (4, 5, 6)),
 }
 
 

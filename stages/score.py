@@ -217,7 +217,11 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
     def report(block: int, row: dict[str, float]) -> None:
         if store is not None:
             store.add(row)
-        figures = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key not in ("block", "score"))
+        figures = "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+            if key not in ("block", "score")
+        )
         say(f"  block {block:3d}  score {row['score']:.4f}  ({figures})")
 
     return Setup(
