@@ -94,6 +94,18 @@ def test_kept_mixers_are_not_trained_again(llama: Any, make_setup: Callable[...,
         aligned.score(replace(setup, rows=[], fingerprint="b"))
 
 
+def test_a_model_in_half_precision(llama: Any, make_setup: Callable[..., Setup]) -> None:
+    """Mixers are aligned with float32 weights, and scored as the model of the stage holds them."""
+    model = llama.bfloat16()
+    setup = replace(make_setup(model, copy.deepcopy(model), [1, 2]), dtype="bfloat16")
+    found, mixers = aligned.aligned_mixers(setup)
+    assert {p.dtype for p in found.mixers[1].parameters()} == {torch.float32}
+    assert (mixers[1].in_proj.weight.dtype, mixers[1].A_log.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(mixers[1].A_log, found.mixers[1].A_log)
+    for row in aligned.score(setup)["blocks"]:
+        assert 0 < row["score"] < 10 and row["error_end"] < row["error_start"]
+
+
 def test_blocks_whose_attention_does_nothing_are_free(llama: Any, make_setup: Callable[..., Setup]) -> None:
     with torch.no_grad():
         for block in (1, 3):
