@@ -75,8 +75,8 @@ MMR = (
     "{correlation}. "
 )
 SCORES = {
-    "aligned": "Held-out loss with each block by itself swapped for a mixer that has learned ({steps} steps) to give what "
-    "its attention gives. Blocks are replaced in increasing order. ",
+    "aligned": "Held-out loss with each block by itself swapped for a mixer that has learned ({steps} steps) to give "
+    "what its attention gives. Blocks are replaced in increasing order. ",
     "greedy": "Chosen one by one, each beside those before it: the held-out loss once the block is swapped for its "
     "aligned mixer ({steps} steps), of those not chosen what it would have been next. ",
     "kl_restore": "By how much the held-out loss fell when the block got its attention back, in a model whose other "
