@@ -54,7 +54,7 @@ from eval.loglikelihood import prepare
 LENGTH, HELD_OUT_SEED = 128, 90_001
 MIX = {"add": 1.0, "mod": 1.0, "chase": 1.0, "recall": 1.0, "sort": 1.0}
 EMBEDDED = "embedded"
-STEPS = {8: 40, 16: 20, 32: 8, 10: 40}
+STEPS = {8: 40, 16: 16, 32: 6, 10: 30}
 """Of MMR, by depth (10: the embedded teacher), in place of 100."""
 BOUNDS = {"mmr": {8: 0.55, 16: 0.50, 32: 0.46}, "loo": {8: 0.60, 16: 0.56, 32: 0.54}, "aligned": {16: 0.10}}
 """What is asked of each ratio."""
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="turns of each way")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--rows", type=int, default=4, help="rows of 128 tokens a step")
-    parser.add_argument("--questions", type=int, default=100, help="of leave-one-out")
+    parser.add_argument("--questions", type=int, default=40, help="of leave-one-out at 8 blocks")
     parser.add_argument("--budget", type=float, default=1.0, help="share of the steps to take")
     parser.add_argument("--teacher-seconds", type=float, default=30.0, help="training of each teacher")
     parser.add_argument("--without-embedded", action="store_true", help="leave the embedded teacher out")
@@ -115,8 +115,9 @@ def measured(model: Any, tokenizer: Any, args: argparse.Namespace, layers: int) 
 
 def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """By shared prefixes, and block by block."""
-    requests: Requests = prepare("embedded_choice", tokenizer, model, args.questions)
     blocks = range(model.config.num_hidden_layers)
+    questions = max(args.questions * 64 // len(blocks) ** 2, 8)  # so that it takes as long at every depth
+    requests: Requests = prepare("embedded_choice", tokenizer, model, questions)
 
     def naive() -> list[tuple[float, float]]:
         base = requests.evaluate(model)["accuracy"]
@@ -222,6 +223,8 @@ def ratios(ours: Run, other: Run) -> dict[str, float]:
     return {
         "seconds": ours.seconds,
         "other_seconds": other.seconds,
+        "busy": ours.busy,
+        "other_busy": other.busy,
         "time_ratio": ours.seconds / other.seconds,
         "busy_ratio": ours.busy / other.busy,
     }
