@@ -244,8 +244,8 @@ class AlignedConfig:
 
     steps: int = 100
     learning_rate: float = 3e-3
-    """Of AdamW, after a tenth of the steps of warm-up, then falling to 0. A wide model wants less (1e-3 for billions of
-    parameters: arXiv:2512.20569), a narrow one bears more."""
+    """Of AdamW, after a tenth of the steps of warm-up, then falling to 0. A wide model wants less (1e-3 for 3B in the
+    code of arXiv:2512.20569), a narrow one bears more."""
     batch_size: int = 0
     """Rows a step (0: ``train.batch_size``)."""
     at_once: int = 0
