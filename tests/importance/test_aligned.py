@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distill.config import AlignedConfig, MixerConfig, ScoreConfig, TrainConfig
+from distill.hybrid.surgery import hybridize
 from distill.importance import Setup, aligned, greedy, kl_restore
 from distill.importance import search as searching
 from distill.importance.alignment import swapped
@@ -120,18 +121,19 @@ def test_blocks_whose_attention_does_nothing_are_free(llama: Any, make_setup: Ca
 
 
 def test_every_round_is_measured_beside_what_was_chosen_before(llama: Any, make_setup: Callable[..., Setup]) -> None:
-    setup = make_setup(llama, copy.deepcopy(llama), [0, 1, 3])
-    weights = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    model = hybridize(llama, ["attention"] * 4, MixerConfig())  # the same, and takes a loss in place of its logits
+    setup = make_setup(model, llama, [0, 1, 3])
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _, mixers = aligned.aligned_mixers(setup)
     for restore in (False, True):
         first, second = search(setup, mixers, 2, restore=restore)
         assert second.before == first.losses[first.chosen] == min(first.losses.values())
         for block, loss in second.losses.items():
             changed = {first.chosen, block}
-            with swapped(llama, {each: mixers[each] for each in mixers if (each in changed) != restore}):
-                assert loss == loss_of(setup, llama)
+            with swapped(model, {each: mixers[each] for each in mixers if (each in changed) != restore}):
+                assert loss == loss_of(setup, model)
         assert first.chosen not in second.losses and len(second.losses) == 2
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in llama.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 COST = {0: 1.0, 1: 1.1, 2: 1.5, 3: 4.0}
