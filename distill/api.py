@@ -110,8 +110,8 @@ def hybridize(
     start = MixerConfig(name=choose("mixer", mixer, mixers()), init=choose("init", init, initialisations()))
     if init == "aligned":
         raise UserError(
-            "init='aligned' regresses mixers on data, and hybridize has none: set mixer.init=aligned in a config of a "
-            "run, or take 'mil' or 'fresh'"
+            "init='aligned' regresses mixers on data, and hybridize has none: set mixer.init=aligned in the config of "
+            "a run, or take 'mil' or 'fresh'"
         )
     if isinstance(model, (str, Path)):
         model = load(model).model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from distill.config import DataConfig, LooConfig, MixerConfig, MmrConfig, ScoreConfig, TrainConfig
+from distill.config import AlignedConfig, DataConfig, LooConfig, MixerConfig, MmrConfig, ScoreConfig, TrainConfig
 from distill.config_merge import spread_options
 from distill.data import suite
 from distill.data.jsonl import iterate_rows
@@ -142,7 +142,11 @@ def score(
             metric=metric,  # type: ignore[arg-type]
             rows=training,
             heldout=heldout,
-            config=ScoreConfig(loo=LooConfig(task="questions", questions=questions), mmr=mmr),
+            config=ScoreConfig(
+                loo=LooConfig(task="questions", questions=questions),
+                mmr=mmr,
+                aligned=AlignedConfig(steps=mmr.steps, heldout_tokens=mmr.heldout_tokens),
+            ),
             train=train,
             mixer=mixer,
             seed=seed,
@@ -150,6 +154,7 @@ def score(
             dtype=str((teacher or model).dtype).removeprefix("torch."),
             scratch=Path(scratch),
             report=report,
+            added=len(placed) if method == "greedy" else 1,  # every round, for any number of blocks may be wanted
         )
         record = scorer(method)(setup)
         check_rows(method, record["blocks"])

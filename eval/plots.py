@@ -91,7 +91,7 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
 
 
 def importance_plot(stage: Stage) -> Plot:
-    """The figure of a stage's scores, or none where it is not scored or the scorer has no figure."""
+    """The figure of a stage's scores, or none where it is not scored."""
     scores = stage.records["score"] or {}
     scorer = str(scores.get("scorer", ""))
     told = {key: escape(str(scores.get(key, "?"))) for key in ("metric", "steps", "trainable")}
@@ -107,7 +107,8 @@ def importance_plot(stage: Stage) -> Plot:
         caption = captions.MMR.format(correlation=_rank_correlation(scores), **told) + caption
         draw = partial(importance.mmr, stage)
     elif scorer:
-        caption = f"The scorer <code>{escape(scorer)}</code> has no figure. " + caption
+        caption = captions.SCORES.get(scorer, f"By the scorer <code>{escape(scorer)}</code>. ").format(**told) + caption
+        draw = partial(importance.loo, stage) if scores.get("blocks") else None
     title = f"Stage {stage.index}, {stage.name}" + (f": {scorer.upper()}" if scorer else "")
     return Plot("Importance", f"importance-{stage.index:02d}", title, caption, draw)
 

@@ -11,10 +11,10 @@ from typing import Any
 from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
-from distill.importance import COMBINED, needs, parts
+from distill.importance import COMBINED, OPTIONS, needs, parts
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
-from distill.records import Step, read_record
+from distill.records import Step, fingerprint, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
@@ -32,8 +32,6 @@ OFFLINE = "offline"
 """The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
 ALIGNED = "aligned"
 """The score whose options say how mixers are aligned, and the ``mixer.init`` by which they are."""
-OPTIONS = {"greedy": ALIGNED, "kl_restore": ALIGNED}
-"""Scores that read the options of another."""
 SCORING = 1
 """The purpose (``Context.seed``) of the rows that importance scores train on."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
@@ -266,6 +264,12 @@ class Context:
 def rows_to_align(config: RunConfig) -> int:
     """How many training rows an alignment of mixers takes."""
     return config.score.aligned.steps * (config.score.aligned.batch_size or config.train.batch_size)
+
+
+def mixers_of(step: Step, options: ScoreConfig) -> str:
+    """Of all that the aligned mixers of a score step depend on, taken with these options."""
+    own = {key: value for key, value in asdict(options.aligned).items() if key not in ("at_once", "heldout_tokens")}
+    return fingerprint([step.fingerprint, own])
 
 
 def need(path: Path, verb: str) -> Path:

@@ -26,6 +26,7 @@ from distill.groups import GROUPS, group_of
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
+from distill.importance import parts
 from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
@@ -34,6 +35,7 @@ from distill.teacher import load_tokenizer, trust_code
 from eval.machine import DEVICES, Machine
 from eval.roofline import pays_from
 from stages.common import say
+from stages.context import rows_to_align
 from stages.lineage import lineage_tokens, stages_of, unrecorded
 from stages.speedup import settle
 from stages.targets import read_config
@@ -179,7 +181,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"data      {describe(config.data)}",
         *(f"          {line}" for line in ([] if config.teacher_config else data_lines(config))),
         "",
-        f"{'stage':12s}{'score':8s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
+        f"{'stage':12s}{'score':12s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
         f"{'lineage':>10s}{'hours':>9s}  start",
     ]
     total_hours = 0.0
@@ -191,10 +193,11 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         if stage.scorer == "mmr":
             one = config.score.mmr.steps * train.batch_size * config.data.sequence_length * step_flops
             flops += candidates * (one + 2 * config.score.mmr.heldout_tokens * 2 * (student + size.total))
+        flops += alignment_flops(config, stage, candidates, student, size.mixer)
         hours = flops / usable / 3600
         total_hours += hours
         lines.append(
-            f"{stage.name:12s}{stage.scorer:8s}{candidates:11d}{stage.added:5d}"
+            f"{stage.name:12s}{stage.scorer:12s}{candidates:11d}{stage.added:5d}"
             f"{stage.replaced * size.attention / 1e6:12,.1f}{stage.steps:9,d}{tokens(stage.tokens):>10s}"
             f"{tokens(lineage_tokens(config, stages, stage)):>10s}{hours:9.3g}  {stage.start.name}"
         )
@@ -205,12 +208,24 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     placement = replace([ATTENTION] * blocks, list(range(largest)), config.mixer.of)
     lines += [
         "",
-        f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by MMR included, LOO and "
-        f"measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
+        f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by losses included, LOO "
+        f"and measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
         *memory_lines(config, teacher, placement, workers),
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
     return [*lines, pays_line(config, teacher)]
+
+
+def alignment_flops(config: RunConfig, stage: Stage, candidates: int, model: int, mixer: int) -> float:
+    """Of a score with aligned mixers (0 of any other): the passes of the model of so many parameters that feed the
+    mixers and record what blocks are given, the mixers' training, and tries, each of which runs half of the model."""
+    options = config.score.aligned
+    rounds = {"aligned": 1, "greedy": stage.added, "kl_restore": max(candidates - stage.added, 1)}
+    if not (taken := [name for name in parts(config.score, stage.scorer) if name in rounds]):
+        return 0.0
+    read = rows_to_align(config) * config.data.sequence_length
+    passes = sum(1 + (candidates - number) / 2 for name in taken for number in range(rounds[name]))
+    return read * (2 * model + 6 * candidates * mixer) + options.heldout_tokens * 2 * model * passes
 
 
 def pays_line(config: RunConfig, teacher: Any) -> str:

@@ -38,7 +38,7 @@ from distill.teacher import RememberingTeacher, load_model, load_tokenizer
 from eval.loglikelihood import prepare, prepare_all
 from stages.candidates import Known, candidates, chosen, known
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say, stage_main
-from stages.context import SCORING, Context, rows_to_align
+from stages.context import SCORING, Context, mixers_of, rows_to_align
 from stages.ranks import share
 from stages.targets import check_device
 
@@ -217,7 +217,11 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
     def report(block: int, row: dict[str, float]) -> None:
         if store is not None:
             store.add(row)
-        figures = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key not in ("block", "score"))
+        figures = "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+            if key not in ("block", "score")
+        )
         say(f"  block {block:3d}  score {row['score']:.4f}  ({figures})")
 
     return Setup(
@@ -238,7 +242,7 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
         tasks=tasks,
         added=stage.added,
         kept=context.step(stage, "score").partial / mixer_store.FOLDER,
-        fingerprint=context.step(stage, "score").fingerprint,
+        fingerprint=mixers_of(context.step(stage, "score"), options),
     )
 
 

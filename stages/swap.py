@@ -13,8 +13,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.hybrid.surgery import hybridize
 from distill.importance.alignment import align
 from distill.importance.mixer_store import FOLDER, MixerStore
@@ -22,7 +20,7 @@ from distill.mixers import set_kernels
 from distill.schedule import TEACHER, Stage
 from distill.teacher import load_model, load_tokenizer
 from stages.common import begin, say, stage_main
-from stages.context import ALIGNED, SCORING, Context, need, rows_to_align
+from stages.context import ALIGNED, SCORING, Context, mixers_of, need, rows_to_align
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,12 +47,10 @@ def swap(context: Context, stage: Stage, folder: Path) -> None:
     say(f"{stage.name}: {len(placement['added'])} mixers of {stage.start.name} start from {config.mixer.init}")
 
 
-def aligned_weights(
-    context: Context, stage: Stage, model: Any, blocks: list[int]
-) -> dict[int, dict[str, torch.Tensor]]:
+def aligned_weights(context: Context, stage: Stage, model: Any, blocks: list[int]) -> dict[int, dict[str, Any]]:
     """By block, the weights of its aligned mixer: kept by the score step, or aligned here on the same rows."""
     config, step = context.config, context.step(stage, "score")
-    store = MixerStore(step.folder / FOLDER, step.fingerprint)
+    store = MixerStore(step.folder / FOLDER, mixers_of(step, config.score))
     kept = {block: found[0] for block in blocks if (found := store.read(block)) is not None}
     if left := [block for block in blocks if block not in kept]:
         set_kernels(model, config.kernels)

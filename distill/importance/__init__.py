@@ -72,6 +72,8 @@ class Setup:
     tasks: Callable[[Sequence[str], int], Metric] | None = None
 
 
+OPTIONS = {"greedy": "aligned", "kl_restore": "aligned"}
+"""Scores whose options are those of another."""
 COMBINED = "combine"
 """The score that other scores go into."""
 

@@ -8,6 +8,7 @@ candidate, which is what MMR costs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ def score(setup: Setup) -> dict[str, Any]:
     """Score every candidate by the held-out loss of the current model with it swapped for its aligned mixer."""
     aligned, mixers = aligned_mixers(setup)
     variations = [Variation(block, partial(swapped, setup.model, {block: mixers[block]})) for block in setup.blocks]
-    base, losses = heldout_losses(setup, variations, tokens=setup.config.aligned.heldout_tokens)
+    base, losses = heldout_losses(setup, nullcontext, variations, tokens=setup.config.aligned.heldout_tokens)
     rows: list[dict[str, float]] = []
     for block, loss in zip(setup.blocks, losses, strict=True):
         row = {"block": block, "score": loss, **errors_of(aligned, block)}

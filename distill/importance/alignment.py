@@ -138,7 +138,7 @@ def align(
     left = [block for block in blocks if block not in found.mixers]
     if found.mixers:
         say(f"{len(found.mixers)} of {len(blocks)} mixers are aligned already")
-    together = options.at_once or len(left)
+    together = options.at_once or max(len(left), 1)
     for first in range(0, len(left), together):
         part = left[first : first + together]
         mixers = {block: new_mixer(model, block, mixer, seed).float().requires_grad_(True) for block in part}
@@ -146,8 +146,9 @@ def align(
             set_kernels(each, kernels)
         found.errors.update(_train(model, mixers, rows, options, size, dtype, say))
         found.mixers.update(mixers)
-        for block in part if store is not None else ():
-            store.write(block, mixers[block], found.errors[block])
+        if store is not None:
+            for block in part:
+                store.write(block, mixers[block], found.errors[block])
     for each in found.mixers.values():
         set_kernels(each.requires_grad_(False), kernels)
     order = sorted(found.mixers)

@@ -11,7 +11,7 @@ import numpy as np
 from distill.config import ScoreConfig
 from distill.config_merge import merge_config
 from distill.errors import choose
-from distill.importance import apart, available
+from distill.importance import OPTIONS, apart, available
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def entries(options: ScoreConfig, scorer: str) -> list[Entry]:
     for text in options.compare:
         name, *own = text.split() or [text]
         choose("score.compare", name, available())
-        overrides = [f"{name}.{each}" for each in own]
+        overrides = [f"{OPTIONS.get(name, name)}.{each}" for each in own]
         found.append(Entry(text, name, merge_config(kind, [("score", asdict(options))], overrides)))
     return found
 

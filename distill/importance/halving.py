@@ -8,6 +8,7 @@ would have chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distill.config import MmrConfig
@@ -25,6 +26,15 @@ def survivors(losses: Mapping[int, float], added: int) -> list[int]:
     """Of the blocks with these losses the better half, ascending; never fewer than ``added`` are to be chosen."""
     count = max(-(-len(losses) // 2), min(added, len(losses)))
     return sorted(sorted(losses, key=lambda block: (losses[block], block))[:count])
+
+
+def steps_of(count: int, options: MmrConfig, added: int) -> int:
+    """The steps that ``count`` candidates are trained in all."""
+    stops, total = (rungs(options) if options.halving else [options.steps]), 0
+    for before, stop in zip([0, *stops], stops, strict=False):
+        total += (stop - before) * count
+        count = max(-(-count // 2), min(added, count))
+    return total
 
 
 def row_of(block: int, losses: Mapping[int, float], options: MmrConfig) -> dict[str, float]:
@@ -54,12 +64,11 @@ def summary(rows: Rows, options: MmrConfig, added: int) -> dict[str, Any]:
         return {"halving": {"rungs": steps, "steps_run": run, "steps_full": full, "saved": round(1 - run / full, 4)}}
     if not options.halving_check:
         return {}
-    alive, run = {int(row["block"]): row for row in rows}, 0
-    for before, step in zip([0, *steps[:-2]], steps[:-1], strict=True):
-        run += (step - before) * len(alive)
+    alive = {int(row["block"]): row for row in rows}
+    for step in steps[:-1]:
         kept = survivors({block: row[f"loss_{step}"] for block, row in alive.items()}, added)
         alive = {block: alive[block] for block in kept}
-    run += (steps[-1] - ([0, *steps][-2])) * len(alive)
+    run = steps_of(len(rows), replace(options, halving=True), added)
     chosen, would = sorted(order(rows)[:added]), sorted(order(list(alive.values()))[:added])
     return {
         "halving": {

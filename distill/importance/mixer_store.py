@@ -17,13 +17,13 @@ FOLDER = "aligned"
 
 @dataclass(frozen=True)
 class MixerStore:
-    """A folder of mixers. What was made from other inputs than ``fingerprint`` says is not seen."""
+    """Mixers in ``folder``, in a folder of it named by ``fingerprint``: what was made from other inputs is not seen."""
 
     folder: Path
     fingerprint: str
 
     def path(self, block: int) -> Path:
-        return self.folder / f"block-{block:03d}.safetensors"
+        return self.folder / self.fingerprint / f"block-{block:03d}.safetensors"
 
     def read(self, block: int) -> tuple[dict[str, Tensor], tuple[float, float]] | None:
         """The weights of a block's mixer and its errors at first and at last; None where it is not here."""
@@ -32,18 +32,16 @@ class MixerStore:
             return None
         try:
             with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                if about.get("fingerprint") != self.fingerprint:
-                    return None
-                first, last = json.loads(about["errors"])
+                first, last = json.loads(file.metadata()["errors"])
                 return {name: file.get_tensor(name) for name in file.keys()}, (first, last)  # noqa: SIM118
-        except SafetensorError:  # torn: it is made again
+        except (SafetensorError, KeyError, TypeError):  # torn, or another file: it is made again
             return None
 
     def write(self, block: int, mixer: nn.Module, errors: tuple[float, float]) -> None:
         """Keep a mixer; the file is whole or not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{block:03d}.{os.getpid()}"
+        path = self.path(block)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in mixer.state_dict().items()}
-        save_file(tensors, temporary, {"fingerprint": self.fingerprint, "errors": json.dumps(errors)})
-        os.replace(temporary, self.path(block))
+        save_file(tensors, temporary, {"errors": json.dumps(errors)})
+        os.replace(temporary, path)

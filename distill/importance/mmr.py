@@ -20,10 +20,11 @@ from distill import interrupt
 from distill.config import ScoreConfig
 from distill.hybrid.surgery import hybridize
 from distill.importance import Setup
-from distill.importance.halving import order, row_of, rungs, summary, survivors
+from distill.importance.halving import order, row_of, rungs, steps_of, summary, survivors
 from distill.importance.lockstep import lockstep, schedule_of, serves, trained_part
 from distill.mixers import ATTENTION, set_kernels
 from distill.placement import replace
+from distill.progress import Countdown
 from distill.records import read_json, write_json
 from distill.trainer import DistillTrainer, fit, heldout_loss, training_arguments
 
@@ -59,7 +60,8 @@ def separate(setup: Setup) -> list[dict[str, float]]:
     journal = setup.scratch / "losses.json"
     losses = known(journal) if options.halving else {}
     alive = list(setup.blocks)
-    for stop in stops:
+    countdown = Countdown("mmr, all blocks", steps_of(len(alive), options, setup.added))
+    for before, stop in zip([0, *stops], stops, strict=False):
         for number, block in enumerate(alive, 1):
             if stop not in losses.get(block, {}):
                 title = f"mmr block {block} ({number}/{len(alive)})"
@@ -67,6 +69,7 @@ def separate(setup: Setup) -> list[dict[str, float]]:
                 if options.halving:
                     setup.scratch.mkdir(parents=True, exist_ok=True)
                     write_json(journal, {str(each): found for each, found in losses.items()})
+            countdown.step(stop - before)
             if stop == options.steps:
                 finish(setup, row_of(block, losses[block], options))
         if stop < options.steps:

@@ -23,6 +23,9 @@ from distill.importance import Setup
 from distill.importance.alignment import batch_of
 from distill.losses import distillation_loss
 
+Within = Callable[[], AbstractContextManager[None]]
+"""Makes a context within which the model computes something else."""
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -37,7 +40,7 @@ class Recording:
         (states, *_), _ = self.calls[block]
         for layer, ((_, *rest), options) in zip(self.model.model.layers[block:], self.calls[block:], strict=True):
             states = layer(states, *rest, **options)
-        return self.model.model.norm(states)  # type: ignore[no-any-return]
+        return self.model.model.norm(states)
 
 
 @torch.no_grad()
@@ -65,13 +68,15 @@ class Variation:
     """The model within a context, in which it differs from block ``block`` on."""
 
     block: int
-    within: Callable[[], AbstractContextManager[None]]
+    within: Within
 
 
 @torch.no_grad()
-def heldout_losses(setup: Setup, variations: Sequence[Variation], *, tokens: int = 0) -> tuple[float, list[float]]:
-    """The held-out loss of the model of ``setup`` as it is now and of each of its variations, in nats a valid target:
-    what ``distill.trainer.heldout_loss`` gives of each as a whole.
+def heldout_losses(
+    setup: Setup, within: Within, variations: Sequence[Variation], *, tokens: int = 0
+) -> tuple[float, list[float]]:
+    """The held-out loss of the model of ``setup`` ``within`` a context, and there of each of its variations, in nats a
+    valid target: what ``distill.trainer.heldout_loss`` gives of each as a whole.
 
     ``tokens``: how many held-out tokens are used (0: all).
     """
@@ -79,8 +84,7 @@ def heldout_losses(setup: Setup, variations: Sequence[Variation], *, tokens: int
     count, totals = 0, [0.0] * (1 + len(variations))
     for batch in heldout_batches(setup, tokens):
         labels = batch.pop("labels")
-        teacher = setup.teacher.hidden(batch)
-        recording = record(model, batch)
+        teacher = setup.teacher.hidden(batch)  # before the model is changed, which may be the teacher's own
 
         def loss(states: Tensor, teacher: Tensor = teacher, labels: Tensor = labels) -> float:
             return float(
@@ -96,10 +100,12 @@ def heldout_losses(setup: Setup, variations: Sequence[Variation], *, tokens: int
                 )
             )
 
-        totals[0] += loss(recording.end)
-        for place, variation in enumerate(variations, 1):
-            with variation.within():
-                totals[place] += loss(recording.hidden(variation.block))
+        with within():
+            recording = record(model, batch)
+            totals[0] += loss(recording.end)
+            for place, variation in enumerate(variations, 1):
+                with variation.within():
+                    totals[place] += loss(recording.hidden(variation.block))
         count += int((labels[:, 1:] != IGNORE).sum())
     base, *others = (total / max(count, 1) for total in totals)
     return base, others

@@ -36,11 +36,11 @@ def search(setup: Setup, mixers: Mapping[int, nn.Module], count: int, *, restore
     here, there = (dict(mixers), attention) if restore else (attention, mixers)
     rounds: list[Round] = []
     left: list[int] = sorted(mixers)
-    now: dict[int, Any] = dict(here)
+    now = dict(here)
     while len(rounds) < count and left:
-        with swapped(model, now):
-            tried = [Variation(block, partial(swapped, model, {block: there[block]})) for block in left]
-            before, losses = heldout_losses(setup, tried, tokens=setup.config.aligned.heldout_tokens)
+        tried = [Variation(block, partial(swapped, model, {block: there[block]})) for block in left]
+        tokens = setup.config.aligned.heldout_tokens
+        before, losses = heldout_losses(setup, partial(swapped, model, now), tried, tokens=tokens)
         found = dict(zip(left, losses, strict=True))
         chosen = min(left, key=lambda block: (found[block], block))
         now[chosen] = there[chosen]

@@ -30,7 +30,7 @@ EM_SPACE = "\u2003"  # a run of plain spaces would collapse in SVG
 
 @styled
 def loo(stage: Stage, width: float = WIDE) -> Figure:
-    """Leave-one-out importance of every block with its standard error (the paper's Figure 1)."""
+    """Leave-one-out importance of every block with its standard error (the paper's Figure 1); bars of any score."""
     scores = stage.records["score"] or {}
     blocks = pd.DataFrame(scores["blocks"]).reindex(columns=["block", "score", "stderr"]).astype(float)
     colours = _chosen_colours(stage)
@@ -48,7 +48,9 @@ def loo(stage: Stage, width: float = WIDE) -> Figure:
         error = f" ± {row['stderr']:.4f}" if row["stderr"] >= 0 else ""
         tell(bar, f"block {row['block']:.0f}: importance {row['score']:.4f}{error}")
     axes.axhline(0, color=MUTED, lw=0.8)
-    axes.set(xlabel="block", ylabel=f"importance ({scores.get('metric', 'acc')} lost)")
+    scorer = str(scores.get("scorer", "loo"))
+    what = f"importance ({scores.get('metric', 'acc')} lost)" if scorer == "loo" else f"score ({scorer})"
+    axes.set(xlabel="block", ylabel=what)
     axes.set_xticks([b for b in blocks["block"].astype(int) if len(blocks) <= 20 or b % 5 == 0])
     axes.tick_params(axis="x", length=0, pad=7)
     size = min(5.5, 36 * width / len(blocks))

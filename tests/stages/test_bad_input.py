@@ -144,6 +144,13 @@ CONFIG_VALUES = [
     ([*RUN, "mixer.blocks.40=mamba2"], "mixer.blocks.40: the teacher's blocks are 0 to"),
     ([*RUN, "mixer.blocks=mamba2"], "mixer.blocks"),
     ([*RUN, "mixer.init=mli"], "did you mean 'mil'"),
+    ([*RUN, "mixer.init=alined"], "did you mean 'aligned'"),
+    ([*RUN, "score.first=gredy"], "did you mean 'greedy'"),
+    ([*RUN, "score.aligned.steps=0"], "score.aligned.steps=0 must be above 0"),
+    ([*RUN, "score.aligned.learning_rate=0"], "score.aligned.learning_rate=0.0 must be above 0"),
+    ([*RUN, "score.aligned.at_once=-1"], "score.aligned.at_once=-1 must be at least 0"),
+    ([*RUN, "score.aligned.lr=1"], "unknown key 'score.aligned.lr'"),
+    ([*RUN, "score.first=aligned", "score.aligned={steps: 9, learning_rat: 1}"], "did you mean 'learning_rate'"),
     ([*RUN, "mixer.mil_layout=alined"], "did you mean 'aligned'"),
     ([*RUN, "mixer.d_state=24"], "must divide head_dim=32"),
     ([*RUN, "mixer.d_state=24", "mixer.blocks={0: mamba2}"], "must divide head_dim=32"),
@@ -320,6 +327,7 @@ LATE_DATA = [
     ([*MMR, "data.source={tmp}/no_target.jsonl"], "no_target.jsonl:2"),
     ([*MMR, "data.source={tmp}/numbers.jsonl"], "numbers.jsonl:1"),
     ([*MMR, "data.source={tmp}/binary.jsonl"], "binary.jsonl"),
+    ([*MMR[:3], "score.first=aligned", "score.aligned={steps: 3, learning_rate: 2.0e9}"], "is no longer finite after"),
 ]
 RUNS = [
     (["run", "demo", "run_dir={tmp}/a_file"], "a_file"),

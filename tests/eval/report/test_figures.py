@@ -1,6 +1,7 @@
 """How figures are drawn: labels that stand free, colours, what an artist says on hover."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from eval.figures.pareto import pareto
 from eval.figures.speed import memory, throughput
 from eval.frames import importance_frame, stage_frame, task_frame
 from eval.pareto import on_frontier
-from eval.plots import plots_of
+from eval.plots import importance_plot, plots_of
 from eval.runs import read_run
 from eval.speeds import memory_frame, throughput_frame
 
@@ -155,6 +156,18 @@ def test_ranks_fall_only_where_the_order_among_the_rest_changes() -> None:
 
 def test_ranks_of_a_run(full: Path) -> None:
     assert len(told(ranks(importance_frame(read_run(full)), drawing.NARROW))) == 10 + 5
+
+
+@pytest.mark.parametrize("scorer", ["aligned", "greedy", "kl_restore", "one_to_come"])
+def test_every_score_has_a_figure(full: Path, scorer: str) -> None:
+    stage = read_run(full).stages[0]
+    rows = [{"block": block, "score": 0.1 * block} for block in range(10)]
+    scores = {"scorer": scorer, "steps": 7, "blocks": rows, "order": list(range(10))}
+    plot = importance_plot(replace(stage, records={**stage.records, "score": scores}))
+    assert plot.draw is not None and ("7 steps" in plot.caption) == (scorer != "one_to_come")
+    figure = plot.draw(drawing.NARROW)
+    assert figure.axes[0].get_ylabel() == f"score ({scorer})"
+    assert "block 3: importance 0.3000" in told(figure)
 
 
 def test_throughput_says_speed_step_and_roofline(served: Path) -> None:
