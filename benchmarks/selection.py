@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -170,7 +170,7 @@ def select(bench: Bench, name: str, selector: Selector, seed: int, args: argpars
     read = needs(config, selector.score)
     train = TrainConfig(batch_size=4, learning_rate=1e-3, warmup_steps=10, loss=LOSS)
     rows = EmbeddedTraces(bench.tokenizer, args.score_steps * train.batch_size, LENGTH, bench.mix, seed * 1000)
-    heldout = EmbeddedTraces(bench.tokenizer, 16384 // LENGTH, LENGTH, bench.mix, HELD_OUT_SEED, held_out=True)
+    heldout = EmbeddedTraces(bench.tokenizer, args.heldout // LENGTH, LENGTH, bench.mix, HELD_OUT_SEED, held_out=True)
 
     def tasks(names: Sequence[str], questions: int) -> Any:
         return prepare_all(names, bench.tokenizer, bench.model, questions).compare
@@ -323,7 +323,7 @@ def run(jobs: Sequence[tuple[Any, ...]], ledger: Ledger, args: argparse.Namespac
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     began = time.monotonic()
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(work, job, args): job for job in jobs}
+        futures: list[Future[Row]] = [pool.submit(work, job, args) for job in jobs]
         for number, future in enumerate(as_completed(futures), 1):
             row = future.result()
             ledger.add(row)
@@ -490,8 +490,9 @@ def main() -> None:
     parser.add_argument("--selectors", nargs="+", default=list(SELECTORS), choices=list(SELECTORS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--once", nargs="*", default=[], metavar="NAME", help="selectors of one seed alone, for time")
-    parser.add_argument("--steps", type=int, default=50, help="of an arm, of 1,024 tokens each")
-    parser.add_argument("--score-steps", type=int, default=100, help="of a score that trains, of 512 tokens each")
+    parser.add_argument("--steps", type=int, default=40, help="of an arm, of 1,024 tokens each")
+    parser.add_argument("--score-steps", type=int, default=50, help="of a score that trains, of 512 tokens each")
+    parser.add_argument("--heldout", type=int, default=16384, help="tokens on which such a score takes its losses")
     parser.add_argument("--questions", type=int, default=40, help="generated answers a family")
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of 128 tokens, for the KL of an arm")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")

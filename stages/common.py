@@ -132,7 +132,8 @@ def check_inputs(config: RunConfig, model: Any) -> None:
 def recall_tasks(score: ScoreConfig) -> list[str]:
     """The tasks of ``score.recall_drop``, where a stage may be scored by it; UserError where it has none to compare."""
     options = score.recall_drop
-    if not any("tasks" in needs(score, name) for name in (score.first, score.later)):
+    taken = (score.first, score.later, *(text.split()[0] for text in score.compare if text.strip()))
+    if not any("tasks" in needs(score, name) for name in taken):
         return []
     if not options.recall or not options.rest:
         raise UserError("score.recall_drop needs at least one task under recall and one under rest")
