@@ -7,9 +7,9 @@ One process; float32 on CPU. The ways that are compared take turns, and the leas
 
 *mmr*: MMR that trains the mixer alone, in lockstep, against L separate runs with the same trainable set, whose frozen
 weights have no gradients either; each run asks the teacher by itself. Beside it the same with a teacher that remembers
-what the run before asked (``remembering``, up to 16 blocks). *loo*: by shared prefixes against evaluating the model without each block
-from its beginning. *aligned*: align all mixers and score by shared prefixes, against MMR that trains everything, as in
-the paper; rank correlations of both orders.
+what the run before asked (``remembering``, up to 16 blocks). *loo*: by shared prefixes against evaluating the model
+without each block from its beginning. *aligned*: align all mixers and score by shared prefixes, against MMR that trains
+everything, as in the paper; rank correlations of both orders.
 
 So that ranks mean something the teachers are trained: one of 8 blocks from nothing on the embedded traces, the deeper
 ones from it, every block doubled and trained on (``--teacher-seconds`` each); and the embedded teacher of 10 blocks
