@@ -28,7 +28,7 @@ import pandas as pd
 from distill import distributed, lock
 from distill.errors import UserError
 from distill.importance import Setup, join, scorer
-from distill.importance.checks import check_enough, check_rows
+from distill.importance.checks import check_enough, check_finite, check_rows
 from distill.importance.comparison import Entry, compared, entries
 from distill.mixers import set_kernels
 from distill.progress import Countdown
@@ -161,7 +161,6 @@ def score_candidate(args: argparse.Namespace) -> int:
     for path in step.reads:
         verify(path)
     record = scorer(stage.scorer)(prepared(context, stage, entry, [block], None))
-    check_rows(stage.scorer, record["blocks"])
     store.put(f"{args.candidate:03d}", record)
     return 0
 
@@ -200,6 +199,7 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
         metric = partial(requests.compare, progress=countdown.reach, journal=scratch / "values.jsonl")
 
     def report(block: int, row: dict[str, float]) -> None:
+        check_finite(entry.name, row)
         if store is not None:
             store.add(row)
         figures = "  ".join(
