@@ -26,6 +26,7 @@ from distill.groups import GROUPS, group_of
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
+from distill.importance.halving import steps_of
 from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
@@ -182,13 +183,12 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     ]
     total_hours = 0.0
     for stage in stages:
-        candidates = blocks - stage.replaced + stage.added
+        candidates = stage.candidates
         student = size.total + stage.replaced * (size.mixer - size.attention)
         step_flops = 6 * student + 2 * size.total + (2 * student if train.gradient_checkpointing else 0)
         flops = float(step_flops) * stage.tokens
         if stage.scorer == "mmr":
-            one = config.score.mmr.steps * train.batch_size * config.data.sequence_length * step_flops
-            flops += candidates * (one + 2 * config.score.mmr.heldout_tokens * 2 * (student + size.total))
+            flops += mmr_flops(config, stage, step_flops, student, size.total)
         hours = flops / usable / 3600
         total_hours += hours
         lines.append(
@@ -209,6 +209,20 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
     return [*lines, pays_line(config, teacher)]
+
+
+def mmr_flops(config: RunConfig, stage: Stage, step_flops: int, student: int, teacher: int) -> float:
+    """What MMR takes, from what a token of a training step takes and the parameters of student and teacher: everything
+    is trained, or the candidates go in lockstep, each through the blocks above it (half of them, on average)."""
+    mmr, train = config.score.mmr, config.train
+    seen = steps_of(stage.candidates, mmr, stage.added) * train.batch_size * config.data.sequence_length
+    held = 2 * mmr.heldout_tokens
+    if mmr.trainable == "all":
+        return float(seen * step_flops + stage.candidates * held * 2 * (student + teacher))
+    if mmr.lockstep:
+        once = mmr.steps * train.batch_size * config.data.sequence_length + held
+        return float(once * 2 * (student + teacher) + (seen * 2 + stage.candidates * held) * student)
+    return float((seen + stage.candidates * held) * 2 * (student + teacher) + seen * student)
 
 
 def pays_line(config: RunConfig, teacher: Any) -> str:

@@ -232,7 +232,7 @@ def table(record: dict[str, Any], added: int) -> pd.DataFrame:
     """A row for every score and block: ``scorer``, ``decides``, ``block``, ``score``, ``rank`` (1: the least
     important), ``chosen``, and what else the score has."""
     rows = []
-    named = [(record["scorer"], record), *((each["score"], each) for each in record.get("compared", []))]
+    named = [(record["scorer"], record), *((each["scorer"], each) for each in record.get("compared", []))]
     for number, (name, part) in enumerate(named):
         ranks = {block: rank for rank, block in enumerate(part["order"], 1)}
         for row in part["blocks"]:
@@ -254,4 +254,4 @@ def tell(record: dict[str, Any], stage: Stage) -> None:
         say(f"  halving would {other}, and save {halving['would_save']:.0%} of the steps")
     for each in record.get("compared", []):
         same = f"{each['same_choice']} of {stage.added} blocks chosen alike"
-        say(f"  {each['score']}: rank correlation {each['spearman']:.2f}, {same}; {each['order']}")
+        say(f"  {each['scorer']}: rank correlation {each['spearman']:.2f}, {same}; {each['order']}")

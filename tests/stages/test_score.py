@@ -109,7 +109,7 @@ def test_a_list_of_candidates_and_scores_compared(unscored: Callable[..., Path],
     found = scores(run, 1)
     assert [row["block"] for row in found["blocks"]] == [0, 2] and sorted(found["order"]) == [0, 2]
     names = ["mmr trainable=mixer", "mmr trainable=block steps=2"]
-    assert [each["score"] for each in found["compared"]] == names
+    assert [each["scorer"] for each in found["compared"]] == names
     for each in found["compared"]:
         same = each["order"] == found["order"]
         assert each["spearman"] == (1.0 if same else -1.0) and each["same_choice"] == int(same)
