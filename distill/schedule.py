@@ -162,8 +162,8 @@ def _listed(blocks: Sequence[int], start: Start, stages: Sequence[Stage], replac
     left = source.listed - source.added if source is not None else len(blocks)
     if left < replaced - start.replaced:
         raise UserError(
-            f"{given}: H1-{replaced} adds {replaced - start.replaced} blocks to {start.name}, and {left} of these are "
-            "left: name more, or lower h in schedule"
+            f"{given}: H1-{replaced} adds {replaced - start.replaced} block(s) to {start.name}, and {left} of these "
+            "are left: name more, or lower h in schedule"
         )
     return left
 

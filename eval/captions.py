@@ -83,6 +83,9 @@ SCORES = {
     "candidates have aligned mixers ({steps} steps); what was not restored is replaced. ",
 }
 """Of the other scores that have a text."""
+HALVED = "Dashed lines end where halving dropped a candidate; it saved {saved} of the steps. "
+HALVING = "Halving would have {changed} the choice, and saved {would_save} of the steps. "
+COMPARED = "Rank correlation of other scores with this one: {others}. "
 PROTOCOL = (
     "Output tokens a second of whole generations, 1 token in: each model at the same batch, and each at its largest "
     "batch within the same memory (a model without such a line does not fit in it). Ratios are to the teacher timed in "

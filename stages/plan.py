@@ -27,6 +27,7 @@ from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
 from distill.importance import parts
+from distill.importance.halving import steps_of
 from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
@@ -186,14 +187,13 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     ]
     total_hours = 0.0
     for stage in stages:
-        candidates = blocks - stage.replaced + stage.added
+        candidates = stage.candidates
         student = size.total + stage.replaced * (size.mixer - size.attention)
         step_flops = 6 * student + 2 * size.total + (2 * student if train.gradient_checkpointing else 0)
         flops = float(step_flops) * stage.tokens
         if stage.scorer == "mmr":
-            one = config.score.mmr.steps * train.batch_size * config.data.sequence_length * step_flops
-            flops += candidates * (one + 2 * config.score.mmr.heldout_tokens * 2 * (student + size.total))
-        flops += alignment_flops(config, stage, candidates, student, size.mixer)
+            flops += mmr_flops(config, stage, step_flops, student, size.total)
+        flops += alignment_flops(config, stage, student, size.mixer)
         hours = flops / usable / 3600
         total_hours += hours
         lines.append(
@@ -216,16 +216,30 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     return [*lines, pays_line(config, teacher)]
 
 
-def alignment_flops(config: RunConfig, stage: Stage, candidates: int, model: int, mixer: int) -> float:
+def alignment_flops(config: RunConfig, stage: Stage, model: int, mixer: int) -> float:
     """Of a score with aligned mixers (0 of any other): the passes of the model of so many parameters that feed the
     mixers and record what blocks are given, the mixers' training, and tries, each of which runs half of the model."""
-    options = config.score.aligned
+    options, candidates = config.score.aligned, stage.candidates
     rounds = {"aligned": 1, "greedy": stage.added, "kl_restore": max(candidates - stage.added, 1)}
     if not (taken := [name for name in parts(config.score, stage.scorer) if name in rounds]):
         return 0.0
     read = rows_to_align(config) * config.data.sequence_length
     passes = sum(1 + (candidates - number) / 2 for name in taken for number in range(rounds[name]))
     return read * (2 * model + 6 * candidates * mixer) + options.heldout_tokens * 2 * model * passes
+
+
+def mmr_flops(config: RunConfig, stage: Stage, step_flops: int, student: int, teacher: int) -> float:
+    """What MMR takes, from what a token of a training step takes and the parameters of student and teacher: everything
+    is trained, or the candidates go in lockstep, each through the blocks above it (half of them, on average)."""
+    mmr, train = config.score.mmr, config.train
+    seen = steps_of(stage.candidates, mmr, stage.added) * train.batch_size * config.data.sequence_length
+    held = 2 * mmr.heldout_tokens
+    if mmr.trainable == "all":
+        return float(seen * step_flops + stage.candidates * held * 2 * (student + teacher))
+    if mmr.lockstep:
+        once = mmr.steps * train.batch_size * config.data.sequence_length + held
+        return float(once * 2 * (student + teacher) + (seen * 2 + stage.candidates * held) * student)
+    return float((seen + stage.candidates * held) * 2 * (student + teacher) + seen * student)
 
 
 def pays_line(config: RunConfig, teacher: Any) -> str:

@@ -28,7 +28,7 @@ import pandas as pd
 from distill import distributed, lock
 from distill.errors import UserError
 from distill.importance import Setup, join, mixer_store, needs, parts, scorer
-from distill.importance.checks import check_enough, check_rows
+from distill.importance.checks import check_enough, check_finite, check_rows
 from distill.importance.comparison import Entry, compared, entries
 from distill.mixers import set_kernels
 from distill.progress import Countdown
@@ -161,7 +161,6 @@ def score_candidate(args: argparse.Namespace) -> int:
     for path in step.reads:
         verify(path)
     record = scorer(stage.scorer)(prepared(context, stage, entry, [block], None))
-    check_rows(stage.scorer, record["blocks"])
     store.put(f"{args.candidate:03d}", record)
     return 0
 
@@ -215,6 +214,7 @@ def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int]
         metric = partial(requests.compare, progress=countdown.reach, journal=scratch / "values.jsonl")
 
     def report(block: int, row: dict[str, float]) -> None:
+        check_finite(entry.name, row)
         if store is not None:
             store.add(row)
         figures = "  ".join(
@@ -250,7 +250,7 @@ def table(record: dict[str, Any], added: int) -> pd.DataFrame:
     """A row for every score and block: ``scorer``, ``decides``, ``block``, ``score``, ``rank`` (1: the least
     important), ``chosen``, and what else the score has."""
     rows = []
-    named = [(record["scorer"], record), *((each["score"], each) for each in record.get("compared", []))]
+    named = [(record["scorer"], record), *((each["scorer"], each) for each in record.get("compared", []))]
     for number, (name, part) in enumerate(named):
         ranks = {block: rank for rank, block in enumerate(part["order"], 1)}
         for row in part["blocks"]:
@@ -272,4 +272,4 @@ def tell(record: dict[str, Any], stage: Stage) -> None:
         say(f"  halving would {other}, and save {halving['would_save']:.0%} of the steps")
     for each in record.get("compared", []):
         same = f"{each['same_choice']} of {stage.added} blocks chosen alike"
-        say(f"  {each['score']}: rank correlation {each['spearman']:.2f}, {same}; {each['order']}")
+        say(f"  {each['scorer']}: rank correlation {each['spearman']:.2f}, {same}; {each['order']}")

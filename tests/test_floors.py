@@ -130,6 +130,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.lineage",
         "stages.ranks",
         "stages.slurm",
+        "stages.speedup",
         "stages.targets",
         "stages.checkpoints",
     ),  # F10: shared, verbs, submit

@@ -55,7 +55,7 @@ def compared(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]],
     chosen = set(record["order"][:added])
     return [
         {
-            "score": name,
+            "scorer": name,
             "spearman": round(spearman(record["order"], other["order"]), 4),
             "same_choice": len(chosen & set(other["order"][:added])),
             "order": other["order"],

@@ -176,6 +176,7 @@ def test_interactions_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(searching, "heldout_losses", known)
-    result = scorer.score(make_setup(llama, llama, [0, 1, 2, 3], added=added))
+    setup = make_setup(llama, llama, [0, 1, 2, 3], added=added)
+    result = scorer.score(replace(setup, config=ScoreConfig(aligned=AlignedConfig(steps=1))))
     assert result["order"] == wanted and len(result["rounds"]) == rounds
     assert [row["rank"] for row in result["blocks"]] == [1 + wanted.index(block) for block in range(4)]

@@ -43,5 +43,5 @@ def test_spearman() -> None:
 def test_compared() -> None:
     other = {"order": [1, 0, 2, 3], "blocks": [{"block": 1, "score": 0.1}]}
     (found,) = compared({"order": [0, 1, 2, 3]}, {"loo": other}, 1)
-    assert found == {"score": "loo", "spearman": 0.8, "same_choice": 0, **other}
+    assert found == {"scorer": "loo", "spearman": 0.8, "same_choice": 0, **other}
     assert compared({"order": [0, 1, 2, 3]}, {"loo": other}, 2)[0]["same_choice"] == 2

@@ -1,6 +1,8 @@
 """How figures are drawn: labels that stand free, colours, what an artist says on hover."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from eval.pareto import on_frontier
 from eval.plots import importance_plot, plots_of
 from eval.runs import read_run
 from eval.speeds import memory_frame, throughput_frame
+from eval.words import MINUS
 
 
 def told(figure: Figure) -> list[str]:
@@ -193,3 +196,23 @@ def test_what_is_told_stands_in_the_svg_escaped(text: str) -> None:
     (told,) = [group for group in drawn.iter(f"{name}g") if group.get("class") == "value"]
     assert told.findtext(f"{name}title") == text
     assert not list(drawn.iter(f"{name}script"))
+
+
+def test_candidates_that_halving_dropped_and_other_scores_are_told(full: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(full, tmp_path / "run")
+    file = run / "stages/02-H1-7/score/scores.json"
+    scores = json.loads(file.read_text())
+    for place, row in enumerate(scores["blocks"]):
+        row |= {"steps": scores["steps"] // (4 if place else 1), "loss_25": row["loss_end"]}
+    scores["halving"] = {"rungs": [25, 50, 100], "steps_run": 1, "steps_full": 2, "saved": 0.5}
+    scores["compared"] = [{"scorer": "loo", "spearman": -0.4, "same_choice": 1, "order": [], "blocks": []}]
+    file.write_text(json.dumps(scores))
+    (stage,) = [stage for stage in read_run(run).stages if stage.index == 2]
+    plot = importance_plot(stage)
+    assert "it saved 50% of the steps" in plot.caption
+    assert f"Rank correlation of other scores with this one: loo {MINUS}0.40." in plot.caption
+    assert plot.draw is not None
+    figure = plot.draw(drawing.WIDE)
+    dashed = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert len(dashed) >= len(scores["blocks"]) - 1
+    assert sum(f"after {scores['steps'] // 4} steps" in text for text in told(figure)) == len(scores["blocks"]) - 1
