@@ -17,7 +17,7 @@ from distill.importance.alignment import align, document_tokens, observed, relat
 from distill.importance.mixer_store import MixerStore
 from distill.placement import replace
 
-STEPS = 6
+STEPS = 8
 OPTIONS = AlignedConfig(steps=STEPS, learning_rate=3e-3)
 
 
