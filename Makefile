@@ -8,7 +8,7 @@ LIGER := $(VENV)/liger
 DEEPSPEED := $(VENV)/deepspeed
 GGUF := $(VENV)/gguf
 
-.PHONY: demo test test-slow test-faults test-transformers test-deepspeed test-gguf test-slurm smoke bench-mixers bench-distill lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-transformers test-deepspeed test-gguf test-slurm smoke bench-mixers bench-distill bench-importance lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -60,6 +60,9 @@ bench-mixers: $(PEERS)  ## the mixers beside mamba-ssm's reference, transformers
 
 bench-distill: $(LIGER)  ## a step of distillation beside TRL, Liger and the plain loss (some minutes; 20 GB of memory)
 	LIGER=$(LIGER) $(BIN)/python benchmarks/distill_step.py
+
+bench-importance: $(STAMP)  ## the cheap importance scores beside the faithful ones, at 8, 16 and 32 blocks (some ten minutes)
+	$(BIN)/python benchmarks/importance.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/mypy

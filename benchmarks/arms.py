@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from distill.config import MixerConfig, TrainConfig
+from distill.config import MeasureConfig, MixerConfig, TrainConfig
 from distill.data.traces import EmbeddedTraces
 from distill.hybrid.surgery import hybridize
 from distill.placement import ATTENTION
@@ -74,16 +74,32 @@ class Arm:
 
 
 class Bench:
-    """The teacher and its data, loaded once a process; remembers the teacher's answers for one seed at a time."""
+    """A teacher and its data, loaded once a process; remembers the teacher's answers for one seed at a time.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where what was run is kept.
+        teacher: ``embedded``, or a folder; ``mix``: the families that it was trained on, by weight.
+        tasks: what generates, ``limit`` questions a task (0: all).
+        rows: held-out rows on which the losses are taken.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: str = "embedded",
+        mix: Mapping[str, float] = MIX,
+        tasks: Sequence[str] = ("embedded_generative",),
+        limit: int = 0,
+        rows: int = HELD_OUT_ROWS,
+    ) -> None:
         torch.set_num_threads(1)
-        self.folder = folder
-        self.tokenizer = load_tokenizer("embedded")
-        self.model = load_model("embedded")
+        self.folder, self.mix = folder, mix
+        self.asked = MeasureConfig(generative=list(tasks), multiple_choice=[], limit=limit, batch_size=500)
+        self.tokenizer = load_tokenizer(teacher)
+        self.model = load_model(teacher)
         self.teacher = RememberingTeacher(self.model)
         self.seed: tuple[int, int] | None = None
-        self.heldout = EmbeddedTraces(self.tokenizer, HELD_OUT_ROWS, LENGTH, MIX, HELD_OUT_SEED, held_out=True)
+        self.heldout = EmbeddedTraces(self.tokenizer, rows, LENGTH, mix, HELD_OUT_SEED, held_out=True)
 
     def run(self, arm: Arm) -> dict[str, Any]:
         """Train and measure an arm (its start first), or read back what was found before."""
@@ -93,12 +109,19 @@ class Bench:
             return found
         if arm.start is not None:
             self.run(arm.start)
+        student, result = self.figures(arm)
+        student.save_pretrained(self.folder / arm.name)
+        write_json(record, result)
+        return result
+
+    def figures(self, arm: Arm) -> tuple[Any, dict[str, Any]]:
+        """Train and measure an arm whose start is there: the student and its figures."""
         if self.seed != (arm.seed, arm.batch_size):
             self.seed, self.teacher = (arm.seed, arm.batch_size), RememberingTeacher(self.model)
         began = time.monotonic()
         set_seed(arm.seed)
         mixer = MixerConfig(init=arm.init, mil_layout=arm.mil_layout, z_init=arm.z_init, conv_init=arm.conv_init)
-        before, mixers = self.model, [ATTENTION] * BLOCKS
+        before, mixers = self.model, [ATTENTION] * self.model.config.num_hidden_layers
         if arm.start is not None:
             before = load_model(str(self.folder / arm.start.name))
             mixers = list(before.config.mixers)
@@ -110,7 +133,7 @@ class Bench:
             for block in arm.blocks:
                 student.model.layers[block].self_attn.requires_grad_(True)
         data_seed = arm.seed * 1000 + (arm.tokens if arm.start else 0)  # a later stage sees other rows
-        rows = EmbeddedTraces(self.tokenizer, arm.steps * arm.batch_size, LENGTH, MIX, data_seed)
+        rows = EmbeddedTraces(self.tokenizer, arm.steps * arm.batch_size, LENGTH, self.mix, data_seed)
         train = TrainConfig(
             batch_size=arm.batch_size, learning_rate=arm.learning_rate, warmup_steps=min(10, arm.steps // 10)
         )
@@ -124,13 +147,15 @@ class Bench:
         student.eval()
         result = {"arm": asdict(arm), "tokens": arm.tokens, "start": start, "end": self.losses(student)}
         if arm.generate:
-            scores = accuracy.evaluate(student, self.tokenizer, ["embedded_generative"], [], batch_size=500)
-            families = {row["task"]: row["value"] for row in scores.rows}
-            result |= {"families": families, "accuracy": mean(families.values())}
-        student.save_pretrained(self.folder / arm.name)
+            result |= self.answers(student)
         result |= {"train_seconds": round(trained, 1), "seconds": round(time.monotonic() - began, 1)}
-        write_json(record, result)
-        return result
+        return student, result
+
+    def answers(self, model: Any) -> dict[str, Any]:
+        """Accuracy of generated answers by family, and their mean."""
+        scores = accuracy.evaluate(model, self.tokenizer, self.asked)
+        families = {row["task"]: row["value"] for row in scores.rows}
+        return {"families": families, "accuracy": mean(families.values())}
 
     def losses(self, student: Any) -> dict[str, float]:
         """Held-out KL in both directions, nats a target token."""

@@ -94,7 +94,8 @@ def hybridize(
         placement: the blocks to replace (``[3, 6, 7]``), or the mixer of some (``{3: "mamba1", 6: "mamba2"}``) or of
             all (``["attention", "mamba2", ...]``), or how many in all (``"H1-5/10"``), where ``scores`` say which.
         mixer: what takes the place of attention where the placement does not say: ``mamba1`` or ``mamba2``.
-        init: ``mil`` (from the attention's own projections) or ``fresh`` (random).
+        init: ``mil`` (from the attention's own projections) or ``fresh`` (random); ``aligned`` takes data, and is for
+            runs (``mixer.init``).
         scores: what ``score`` gave.
         seed: of what starts at random.
         options: of the mixer, as in ``distill.config.MixerConfig``: d_state, d_conv, mil_layout, z_init, conv_init,
@@ -107,6 +108,11 @@ def hybridize(
     Raises UserError for an architecture, a placement, a mixer or options that cannot be.
     """
     start = MixerConfig(name=choose("mixer", mixer, mixers()), init=choose("init", init, initialisations()))
+    if init == "aligned":
+        raise UserError(
+            "init='aligned' regresses mixers on data, and hybridize has none: set mixer.init=aligned in the config of "
+            "a run, or take 'mil' or 'fresh'"
+        )
     if isinstance(model, (str, Path)):
         model = load(model).model
     surgery.check_model(model)

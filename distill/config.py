@@ -174,7 +174,8 @@ class MixerConfig:
     d_conv: int = 4
     """Taps of the causal convolution."""
     init: str = "mil"
-    """``mil`` (from the attention that is replaced) or ``fresh`` (random)."""
+    """``mil`` (from the attention that is replaced), ``aligned`` (from there regressed to the attention's outputs, as
+    ``score.aligned`` says) or ``fresh`` (random)."""
     mil_layout: str = "aligned"
     """``aligned`` or ``faithful``: how keys and values meet queries under GQA."""
     z_init: str = "default"
@@ -209,17 +210,72 @@ class MmrConfig:
     heldout_tokens: int = 16384
     """Fixed held-out tokens on which the loss is taken at 0 steps and after the last."""
     trainable: str = "all"
-    """``all`` as in the paper, or ``mixer`` (cheap)."""
+    """``all`` as in the paper; or cheap: ``block`` (the swapped mixer with its block's MLP and norms) or ``mixer``
+    (that alone)."""
+    lockstep: bool = True
+    """Train all candidates of a cheap variant batch by batch, from one pass of the teacher and one of the current
+    model; otherwise one after the other. The scores are the same."""
+    candidates_at_once: int = 0
+    """Candidates in lockstep (0: as many as fit in the free memory)."""
+    halving: bool = False
+    """Drop the worse half of the candidates at a quarter and at half of the steps."""
+    halving_check: bool = False
+    """Drop none, but take the losses then as well, and say what halving would have chosen."""
+
+
+@dataclass
+class RecallDropConfig:
+    """What a block costs on recall, over what it costs elsewhere."""
+
+    recall: list[str] = field(default_factory=lambda: ["embedded_choice_recall", "embedded_choice_chase"])
+    """Log-likelihood tasks that look something up in their context."""
+    rest: list[str] = field(
+        default_factory=lambda: ["embedded_choice_add", "embedded_choice_mod", "embedded_choice_sort"]
+    )
+    """Log-likelihood tasks that do not."""
+    questions: int = 500
+    """How many questions of each kind (0: all)."""
+
+
+@dataclass
+class AlignedConfig:
+    """Aligned mixers: regressed, all at once, to the outputs of the attention that they replace. What ``aligned``,
+    ``greedy`` and ``kl_restore`` score with, and what a stage starts from with ``mixer.init: aligned``."""
+
+    steps: int = 100
+    learning_rate: float = 3e-3
+    """Of AdamW, after a tenth of the steps of warm-up, then falling to 0. A wide model wants less (1e-3 for 3B in the
+    code of arXiv:2512.20569), a narrow one bears more."""
+    batch_size: int = 0
+    """Rows a step (0: ``train.batch_size``)."""
+    at_once: int = 0
+    """Mixers that are trained together, of which the optimizer's state is held (0: all). It changes no bit of them,
+    only how often the current model runs."""
+    heldout_tokens: int = 16384
+    """Fixed held-out tokens on which the KL of every candidate is taken."""
 
 
 @dataclass
 class ScoreConfig:
-    """Which importance score each stage uses."""
+    """Which importance score each stage uses (docs/importance.md says which at which cost)."""
 
     first: str = "loo"
+    """Of stages that start from the teacher."""
     later: str = "mmr"
+    """Of all others."""
+    blocks: list[int] = field(default_factory=list)
+    """Candidates (empty: every block that still has attention)."""
+    compare: list[str] = field(default_factory=list)
+    """Other scores to take of the same candidates, which choose nothing; their rank correlation with the one that does
+    is recorded. A score, with options of its own: ``[loo, mmr trainable=mixer]``."""
     loo: LooConfig = field(default_factory=LooConfig)
     mmr: MmrConfig = field(default_factory=MmrConfig)
+    aligned: AlignedConfig = field(default_factory=AlignedConfig)
+    recall_drop: RecallDropConfig = field(default_factory=RecallDropConfig)
+    given: list[int] = field(default_factory=list)
+    """Of ``given``: blocks in the order in which to replace them, at least as many as the last stage replaces."""
+    combine: list[str] = field(default_factory=list)
+    """Of ``combine``: the scores whose ranks are averaged, at least two: ``[loo, mmr]``."""
 
 
 @dataclass
@@ -347,6 +403,11 @@ class PlanConfig:
     """Share of the peak that training reaches (MFU)."""
     device_memory: float = 0.0
     """GB of one device, which a step must fit in (0: of this machine's GPU, or without one not checked)."""
+    device: str = ""
+    """The device that ``target`` is predicted for, such as ``h100``; ``this`` is measured (empty: h100 for bfloat16,
+    else this one)."""
+    records: list[str] = field(default_factory=list)
+    """Run folders whose measured speeds count for ``target`` before predicted ones."""
 
 
 @dataclass
@@ -362,6 +423,10 @@ class RunConfig:
     """Whether Python code that comes with the teacher (``auto_map`` in its config.json) may be run."""
     schedule: list[int] = field(default_factory=list)
     """Replaced blocks h after each stage; each stage more than what it starts from."""
+    target: str = ""
+    """A speed in place of the last h: ``1.8x at 16k`` (so many times the teacher's, one token in and 16,384 out, at the
+    largest of ``measure.throughput.batches``; ``..., batch 64`` and ``..., equal memory`` say otherwise). h is the
+    smallest that reaches it; stages before it are those of ``schedule`` that are below."""
     start_from: dict[str, str] = field(default_factory=dict)
     """Where a stage starts, if not from the stage before it: ``H1-5`` (an earlier stage), ``H1-5@200`` (its weights
     after 200 steps), ``teacher``, or the folder of a hybrid that another run made. ``{H1-7: H1-5@200}``."""
@@ -392,7 +457,7 @@ class PretrainConfig:
 
     name: str = "teacher"
     model: dict[str, Any] = field(default_factory=dict)
-    """Keys of a Llama config.json."""
+    """Keys of a config.json; ``model_type`` says of which family (by default ``llama``)."""
     start: str = ""
     """A model to go on from (``embedded``, a folder), in place of random weights."""
     output: str = "runs/teacher"

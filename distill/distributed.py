@@ -137,6 +137,16 @@ class Job:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def finished(self) -> None:
+        """Note that this process has done its part of the task at hand."""
+        self.store.set(f"done/{self.posted}/{self.rank}", "1")
+
+    def wait_for_others(self) -> None:
+        """Wait until every other process has done its part of the task posted last."""
+        wanted = [f"done/{self.posted}/{other}" for other in range(self.world) if other != self.rank]
+        while wanted and not self.store.check(wanted):
+            time.sleep(0.1)
+
     def next_task(self) -> dict[str, Any]:
         """The next task that the first process posts, whenever that is. A signal is handed on to the first process."""
         told, self.idle = False, True

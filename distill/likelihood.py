@@ -5,9 +5,11 @@ The requests are built and tokenised once; each evaluation is then only forward 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from distill.data.prompts import Prompt
 from distill.data.sample import render
 from distill.errors import UserError
 from distill.hybrid.model import head_input
+from distill.records import fingerprint, write_text
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,12 @@ class Requests:
         *,
         batch_tokens: int = 8192,
         progress: Callable[[float], None] = lambda share: None,
+        journal: Path | None = None,
     ) -> list[dict[str, float]]:
         """``evaluate`` of every variant of a model, in turn for each batch; a variant makes a context within which
-        the model computes something else. ``progress`` is told the share of the tokens that is done."""
+        the model computes something else. ``progress`` is told the share of the tokens that is done. ``journal`` is a
+        file that batches are noted in: those that an earlier session noted, of the same variants, are not computed."""
+        noted = Journal(journal, fingerprint([asdict(self), batch_tokens, len(variants)]) if journal else "")
         totals: list[list[dict[int, float]]] = [[{} for _ in self.gold] for _ in variants]
         ordered = sorted(self.requests, key=lambda r: len(r.ids))
         tokens, all_tokens = 0, sum(len(r.ids) for r in ordered)
@@ -61,9 +67,12 @@ class Requests:
             while end < len(ordered) and len(ordered[end].ids) * (end + 1 - start) <= batch_tokens:
                 end += 1
             batch = ordered[start:end]
-            for variant, total in zip(variants, totals, strict=True):
+            found = noted.values.get(start, [])
+            for variant in variants[len(found) :]:
                 with variant():
-                    values = self._score(model, batch)
+                    found.append(self._score(model, batch))
+            noted.add(start, found)
+            for total, values in zip(totals, found, strict=True):
                 for request, value in zip(batch, values, strict=True):
                     total[request.question][request.choice] = value
             start = end
@@ -97,6 +106,33 @@ class Requests:
         targets = ids[:, 1:][keep[:, :-1]]
         values = log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1).cpu()
         return [float(part.double().sum()) for part in values.split([r.targets for r in batch])]
+
+
+class Journal:
+    """The log-likelihoods of batches, a line each as they come; of what a killed process left, the torn end is dropped.
+
+    Args:
+        path: the file, or None: nothing is noted.
+        of: what they are of; a file that is of something else is begun anew.
+    """
+
+    def __init__(self, path: Path | None, of: str) -> None:
+        self.path, self.values = path, dict[int, list[list[float]]]()
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        if lines[:1] == [of]:
+            for line in lines[1:-1]:
+                start, values = json.loads(line)
+                self.values[start] = values
+        write_text(path, "".join(f"{line}\n" for line in [of, *lines[1 : 1 + len(self.values)]]))
+
+    def add(self, start: int, values: list[list[float]]) -> None:
+        """Note the batch that begins with request ``start``: a list for every variant."""
+        if self.path is not None and start not in self.values:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([start, values]) + "\n")
 
 
 def check_question(row: Any) -> tuple[str, list[str], int]:

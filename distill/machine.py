@@ -8,6 +8,7 @@ import shlex
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 @cache
@@ -34,3 +35,25 @@ def command() -> str:
     """The command line of this process as one would type it; empty where it is not ours (a test, a notebook)."""
     program = Path(sys.argv[0]).name
     return shlex.join(["distill", *sys.argv[1:]]) if program in ("distill", "cli.py") else ""
+
+
+def free_memory(place: Any) -> float:
+    """Bytes that can still be taken on a device (a torch.device, or its name). Linux hands out main memory that it has
+    not got and then ends a process, so that whoever is about to take much of it has to ask first."""
+    if str(place).startswith("cuda"):
+        cuda = sys.modules["torch"].cuda
+        held = cuda.memory_reserved(place) - cuda.memory_allocated(place)
+        return float(cuda.mem_get_info(place)[0] + held)
+    available = float("inf")
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024.0
+    return min(available, of_group("memory.max") - of_group("memory.current", 0.0))
+
+
+def of_group(file: str, otherwise: float = float("inf")) -> float:
+    """A number of the control group that this process runs in, where there is one."""
+    path = Path("/sys/fs/cgroup") / file
+    text = path.read_text().strip() if path.is_file() else ""
+    return float(text) if text.isdecimal() else otherwise

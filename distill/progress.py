@@ -76,6 +76,29 @@ class ProgressCallback(TrainerCallback):
             self.bar.close()
 
 
+class Countdown:
+    """Tells on a line, every ten seconds, how far a work of ``total`` steps is and how long it will still take."""
+
+    def __init__(self, title: str, total: float) -> None:
+        self.title, self.total, self.done = title, total, 0.0
+        self.began = self.shown = time.monotonic()
+
+    def step(self, steps: float = 1) -> None:
+        """``steps`` more are done."""
+        self.reach(self.done + steps)
+
+    def reach(self, done: float) -> None:
+        """``done`` of the steps are."""
+        self.done, now = done, time.monotonic()
+        if now - self.shown > 10 and done:
+            self.shown = now
+            print(f"{self.title}: {100 * done / self.total:.0f}%, {self.left()}", flush=True)
+
+    def left(self) -> str:
+        """``40 s left``."""
+        return f"{(self.total - self.done) * (time.monotonic() - self.began) / max(self.done, 1e-9):.0f} s left"
+
+
 def step_of(line: str) -> float:
     """The step of a log line; infinity for a torn one, or one of the end of a training, which is not resumed from."""
     try:

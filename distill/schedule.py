@@ -53,6 +53,8 @@ class Stage:
     start: Start = Start()
     keep: tuple[int, ...] = ()
     """Steps after which the weights are kept."""
+    listed: int = 0
+    """Of ``score.blocks``, how many still have attention (0: no list is given)."""
 
     @property
     def name(self) -> str:
@@ -68,6 +70,11 @@ class Stage:
     def added(self) -> int:
         """Blocks that this stage replaces."""
         return self.replaced - self.start.replaced
+
+    @property
+    def candidates(self) -> int:
+        """Blocks that are scored."""
+        return self.listed or self.num_blocks - self.start.replaced
 
     @property
     def branches(self) -> bool:
@@ -118,6 +125,7 @@ def build_schedule(config: RunConfig, num_blocks: int) -> list[Stage]:
                 "at least one block must keep attention"
             )
         steps = train.steps_by_stage[index] if train.steps_by_stage else train.steps
+        listed = _listed(config.score.blocks, start, stages, replaced, num_blocks)
         stages.append(
             Stage(
                 index=index,
@@ -127,12 +135,37 @@ def build_schedule(config: RunConfig, num_blocks: int) -> list[Stage]:
                 steps=steps,
                 tokens=steps * train.batch_size * config.data.sequence_length,
                 start=start,
+                listed=listed,
             )
         )
     longest = max(stage.steps for stage in stages)
     if train.keep_steps and max(train.keep_steps) > longest:
         raise UserError(f"train.keep_steps={train.keep_steps}: no stage is trained for more than {longest} steps")
     return [dataclasses.replace(stage, keep=_kept(train.keep_steps, stage, stages)) for stage in stages]
+
+
+def _listed(blocks: Sequence[int], start: Start, stages: Sequence[Stage], replaced: int, num_blocks: int) -> int:
+    """How many of ``score.blocks`` have attention in ``start``; UserError for a block that is not there or has none,
+    and where fewer are left than H1-``replaced`` adds."""
+    if not blocks:
+        return 0
+    given = f"score.blocks={list(blocks)}"
+    if wrong := [block for block in blocks if not 0 <= block < num_blocks or blocks.count(block) > 1]:
+        raise UserError(f"{given}: {wrong[0]} is no block or stands there twice; expected values in [0, {num_blocks})")
+    if converted := [block for block in replaced_blocks(start.mixers) if block in blocks]:
+        free = [block for block in range(num_blocks) if block not in replaced_blocks(start.mixers)]
+        raise UserError(
+            f"{given}: block {converted[0]} of {start.name} has no attention any more ({start.mixers[converted[0]]}); "
+            f"choose among {free}"
+        )
+    source = stages[start.stage] if start.stage is not None else None
+    left = source.listed - source.added if source is not None else len(blocks)
+    if left < replaced - start.replaced:
+        raise UserError(
+            f"{given}: H1-{replaced} adds {replaced - start.replaced} block(s) to {start.name}, and {left} of these "
+            "are left: name more, or lower h in schedule"
+        )
+    return left
 
 
 def _kept(asked: Sequence[int], stage: Stage, stages: Sequence[Stage]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from distill.config import DataConfig, LooConfig, MixerConfig, MmrConfig, ScoreConfig, TrainConfig
+from distill.config import AlignedConfig, DataConfig, LooConfig, MixerConfig, MmrConfig, ScoreConfig, TrainConfig
 from distill.config_merge import spread_options
 from distill.data import suite
 from distill.data.jsonl import iterate_rows
@@ -21,7 +21,8 @@ from distill.data.mixture import check_data, load_data
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError, check_whole, choose
 from distill.hybrid.surgery import check_convertible, check_model
-from distill.importance import Metric, Setup, available, scorer
+from distill.importance import COMBINED, Metric, Setup, available, needs, scorer
+from distill.importance.checks import check_rows
 from distill.importance.mmr import TRAINABLE
 from distill.likelihood import check_question, requests_of
 from distill.losses import terms_of
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 90_001  # validation rows: the same for every training and every candidate
 FIXED = ("mixture", "steps_by_stage", "keep_steps", "save_steps", "source", "teacher_mode", "teacher_top_k")
 """Keys of the config that have no meaning for one training."""
+OF_RUNS = {COMBINED, "given", "recall_drop"}
+"""Scores whose options only a run's config has."""
 ABOVE_0 = ("steps", "held-out rows", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
 """Numbers of a training that must be above 0; the others may be 0."""
 
@@ -89,7 +92,7 @@ def score(
     Args:
         model, tokenizer: a transformer or a hybrid, as ``distill.load`` gives them.
         method: ``loo``: accuracy lost when a block is the identity (Apriel-H1's first stage); ``mmr``: loss after a
-            short distillation with the block swapped (its later stages).
+            short distillation with the block swapped (its later stages); others: docs/importance.md.
         data: for loo multiple-choice questions: ``embedded``, a JSONL file, or rows, each with ``prompt``, ``choices``
             and ``gold`` (the right choice, from 0). For mmr what to train on, as ``data.source`` of a config.
         questions: how many of them are asked (loo; by default 500; 0: all).
@@ -107,10 +110,12 @@ def score(
 
     Raises UserError for a method, data or options that cannot be.
     """
-    choose("method", method, available())
-    foreign = {"teacher": teacher, "steps": steps} if method == "loo" else {"questions": questions, "metric": metric}
+    choose("method", method, set(available()) - OF_RUNS)
+    read = needs(ScoreConfig(), method)
+    foreign = {} if "rows" in read else {"teacher": teacher, "steps": steps}
+    foreign |= {} if "metric" in read else {"questions": questions, "metric": metric}
     if given := [name for name, value in foreign.items() if value is not None]:
-        raise UserError(f"{method} takes no '{given[0]}', which is of the other method: leave it out")
+        raise UserError(f"{method} takes no '{given[0]}', which is of another method: leave it out")
     check_model(model)
     check_tokenizer(tokenizer)
     questions = 500 if questions is None else questions
@@ -119,15 +124,15 @@ def score(
         check_model(teacher, "teacher")
     check_convertible(model.config)
     placed = list(getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers)
-    mmr, train, rows, mixer = _options(method, options, steps)
+    mmr, train, rows, mixer = _options(method, options, steps if "rows" in read else None)
     training: Any = None
     heldout: Any = None
-    if method == "mmr":
+    if "rows" in read:
         if teacher is None and replaced_blocks(placed):
-            raise UserError("the model is a hybrid, and mmr distils it from its teacher: give teacher=")
+            raise UserError(f"the model is a hybrid, and {method} distils it from its teacher: give teacher=")
         count = -(-mmr.heldout_tokens // rows.sequence_length)
         training, heldout = training_rows(model, tokenizer, data, rows, train, steps, seed, count)
-    elif metric is None:
+    if "metric" in read and metric is None:
         metric = requests_of(_questions(data, questions), tokenizer).compare
     with frozen(model), frozen(teacher or model), tempfile.TemporaryDirectory() as scratch:
         setup = Setup(
@@ -137,7 +142,11 @@ def score(
             metric=metric,  # type: ignore[arg-type]
             rows=training,
             heldout=heldout,
-            config=ScoreConfig(loo=LooConfig(task="questions", questions=questions), mmr=mmr),
+            config=ScoreConfig(
+                loo=LooConfig(task="questions", questions=questions),
+                mmr=mmr,
+                aligned=AlignedConfig(steps=mmr.steps, heldout_tokens=mmr.heldout_tokens),
+            ),
             train=train,
             mixer=mixer,
             seed=seed,
@@ -145,20 +154,24 @@ def score(
             dtype=str((teacher or model).dtype).removeprefix("torch."),
             scratch=Path(scratch),
             report=report,
+            added=len(placed) if method == "greedy" else 1,  # every round, for any number of blocks may be wanted
         )
         record = scorer(method)(setup)
+        check_rows(method, record["blocks"])
     return Scores(method, record["order"], record)
 
 
 def _options(
-    method: str, options: dict[str, Any], steps: int
+    method: str, options: dict[str, Any], steps: int | None
 ) -> tuple[MmrConfig, TrainConfig, DataConfig, MixerConfig]:
     """The keyword arguments of ``score`` as the parts of a config that they belong to."""
-    if method == "loo" and options:
-        raise UserError(f"loo takes no option '{next(iter(options))}': data, questions and metric say what it measures")
+    if steps is None and options:
+        hint = ": data, questions and metric say what it measures" if method == "loo" else ""
+        raise UserError(f"{method} takes no option '{next(iter(options))}'{hint}")
     name = choose("mixer", options.pop("mixer", MixerConfig().name), mixers())
     parts = (MmrConfig(), TrainConfig(), DataConfig(), MixerConfig(name=name))
-    mmr, train, rows, mixer = spread_options({**options, "steps": steps}, *parts, fixed=(*FIXED, "name"))
+    given = {} if steps is None else {**options, "steps": steps}
+    mmr, train, rows, mixer = spread_options(given, *parts, fixed=(*FIXED, "name"))
     choose("trainable", mmr.trainable, TRAINABLE)
     return mmr, train, rows, mixer
 

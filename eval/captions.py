@@ -74,6 +74,18 @@ MMR = (
     "crossing is a change of rank. Each side has a scale of its own. Rank correlation between the sides: "
     "{correlation}. "
 )
+SCORES = {
+    "aligned": "Held-out loss with each block by itself swapped for a mixer that has learned ({steps} steps) to give "
+    "what its attention gives. Blocks are replaced in increasing order. ",
+    "greedy": "Chosen one by one, each beside those before it: the held-out loss once the block is swapped for its "
+    "aligned mixer ({steps} steps), of those not chosen what it would have been next. ",
+    "kl_restore": "By how much the held-out loss fell when the block got its attention back, in a model whose other "
+    "candidates have aligned mixers ({steps} steps); what was not restored is replaced. ",
+}
+"""Of the other scores that have a text."""
+HALVED = "Dashed lines end where halving dropped a candidate; it saved {saved} of the steps. "
+HALVING = "Halving would have {changed} the choice, and saved {would_save} of the steps. "
+COMPARED = "Rank correlation of other scores with this one: {others}. "
 PROTOCOL = (
     "Output tokens a second of whole generations, 1 token in: each model at the same batch, and each at its largest "
     "batch within the same memory (a model without such a line does not fit in it). Ratios are to the teacher timed in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from distill.errors import UserError
@@ -65,6 +66,20 @@ def prepare(
             context, continuation = lm._encode_pair(*instance.args)
             whole = (context + continuation)[-lm.max_length - 1 :]  # cut on the left, as in lm-eval
             requests.append(Request(place[instance.doc_id], instance.idx, tuple(whole), len(continuation)))
+    return Requests(tuple(requests), tuple(gold))
+
+
+def prepare_all(
+    tasks: Sequence[str], tokenizer: Any, model: Any, questions: int = 0, *, local_data: str = ""
+) -> Requests:
+    """The requests of several tasks together, ``questions`` (0: all) shared equally among them."""
+    requests: list[Request] = []
+    gold: list[int] = []
+    for place, task in enumerate(tasks):
+        share = questions * (place + 1) // len(tasks) - questions * place // len(tasks)
+        part = prepare(task, tokenizer, model, share, local_data=local_data)
+        requests += [replace(request, question=request.question + len(gold)) for request in part.requests]
+        gold += part.gold
     return Requests(tuple(requests), tuple(gold))
 
 

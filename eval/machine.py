@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from distill.errors import choose
+from distill.machine import of_group
 from distill.ops.cpu import exp, jit, spread
 
 GB = 1e9
@@ -102,28 +102,7 @@ def _measured(device: str, dtype: torch.dtype, threads: int) -> Machine:
 
 def memory_of_this_machine() -> float:
     """Bytes of main memory, or what the control group that we run in may use of it."""
-    return min(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), _of_group("memory.max"))
-
-
-def free_memory(device: torch.device | str) -> float:
-    """Bytes that can still be taken on a device. Linux hands out main memory that it has not got and then ends a
-    process, so that whoever is about to take much of it has to ask first."""
-    if torch.device(device).type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + held)
-    available = float("inf")
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024.0
-    return min(available, _of_group("memory.max") - _of_group("memory.current", 0.0))
-
-
-def _of_group(file: str, otherwise: float = float("inf")) -> float:
-    """A number of the control group that we run in, where there is one."""
-    path = Path("/sys/fs/cgroup") / file
-    text = path.read_text().strip() if path.is_file() else ""
-    return float(text) if text.isdecimal() else otherwise
+    return min(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), of_group("memory.max"))
 
 
 def _published(name: str, tera: float, gigabytes_per_second: float, gigabytes: float) -> Machine:

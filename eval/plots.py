@@ -90,12 +90,37 @@ def plots_of(run: Run, frame: pd.DataFrame) -> list[Plot]:
     return [*plots, *([plot("cost", cost.wall_time, spent, True)] if (spent["seconds"] > 0).any() else [])]
 
 
+FROM = "From the step <code>score</code>."
+
+
+def _halved(scores: Record) -> str:
+    """What halving saved of a score's steps, or would have."""
+    found = scores.get("halving") or {}
+    if "saved" in found:
+        return captions.HALVED.format(saved=measured(100 * number(found, "saved"), "{:.0f}%"))
+    if "would_save" in found:
+        changed = "changed" if found.get("changes_choice") else "kept"
+        return captions.HALVING.format(
+            changed=changed, would_save=measured(100 * number(found, "would_save"), "{:.0f}%")
+        )
+    return ""
+
+
+def _compared(scores: Record) -> str:
+    """How other scores of the same blocks rank them."""
+    others = [
+        f"{escape(str(each['scorer']))} {measured(number(each, 'spearman'), '{:.2f}').replace('-', MINUS)}"
+        for each in scores.get("compared") or []
+    ]
+    return captions.COMPARED.format(others=", ".join(others)) if others else ""
+
+
 def importance_plot(stage: Stage) -> Plot:
-    """The figure of a stage's scores, or none where it is not scored or the scorer has no figure."""
+    """The figure of a stage's scores, or none where it is not scored."""
     scores = stage.records["score"] or {}
     scorer = str(scores.get("scorer", ""))
     told = {key: escape(str(scores.get(key, "?"))) for key in ("metric", "steps", "trainable")}
-    caption, draw = "From the step <code>score</code>.", None
+    caption, draw = FROM, None
     if scorer == "loo":
         model = "the teacher" if stage.index == 1 else "the model that the stage starts from"
         baseline = percent(number(scores, "baseline"), number(scores, "baseline_stderr"))
@@ -107,7 +132,9 @@ def importance_plot(stage: Stage) -> Plot:
         caption = captions.MMR.format(correlation=_rank_correlation(scores), **told) + caption
         draw = partial(importance.mmr, stage)
     elif scorer:
-        caption = f"The scorer <code>{escape(scorer)}</code> has no figure. " + caption
+        caption = captions.SCORES.get(scorer, f"By the scorer <code>{escape(scorer)}</code>. ").format(**told) + caption
+        draw = partial(importance.loo, stage) if scores.get("blocks") else None
+    caption = caption.replace(FROM, _halved(scores) + _compared(scores) + FROM)
     title = f"Stage {stage.index}, {stage.name}" + (f": {scorer.upper()}" if scorer else "")
     return Plot("Importance", f"importance-{stage.index:02d}", title, caption, draw)
 

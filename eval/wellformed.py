@@ -9,7 +9,7 @@ from typing import Any
 from distill.errors import brief
 
 LISTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "score": {"blocks": ("block",)},
+    "score": {"blocks": ("block",), "compared": ("scorer", "spearman", "same_choice")},
     "place": {"mixers": (), "added": ()},
     "measure": {
         "accuracy": ("task", "kind"),
@@ -24,7 +24,7 @@ SERVING = {
     "memory": ("model", "batch", "tokens"),
 }
 """The same of the lists under ``serving`` in the record of a measure, all of which may be absent."""
-OPTIONAL = ("by_distance",)
+OPTIONAL = ("by_distance", "compared")
 TEXTS = ("task", "kind", "metric", "model", "name", "scorer", "start", "protocol", "how")
 COUNTS = (
     "block", "batch", "context", "n", "distance", "replaced", "num_blocks", "step", "truncated", "empty", "cut",
@@ -36,7 +36,7 @@ NUMBERS = (
     "cache_bytes", "kv_bytes", "state_bytes", "tokens", "minutes", "eval_loss", "eval_loss_start", "steps",
     "weight_bytes", "overhead_bytes", "total_bytes", "memory_bytes", "seconds", "seconds_low", "seconds_high",
     "roofline_fraction", "output_tokens", "tokens_per_second", "tokens_per_second_low", "tokens_per_second_high",
-    "ratio", "roofline_ratio", "truncated", "empty", "samples",
+    "ratio", "roofline_ratio", "spearman", "same_choice", "truncated", "empty", "samples",
 )  # fmt: skip
 """Keys whose values are texts and numbers, wherever in a record they stand; null stands for what is not known."""
 MOST = 1e18  # of a count: beyond, it is no count of anything

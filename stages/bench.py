@@ -32,12 +32,13 @@ import torch
 
 from distill.config import RunConfig, ThroughputConfig
 from distill.errors import UserError, choose
+from distill.machine import free_memory
 from distill.mixers import available, set_kernels
 from distill.records import write_json
 from distill.teacher import DTYPES, load_config, resolve, trust_code
 from eval import serving, shapes, throughput
 from eval.backends import NAMES, backend
-from eval.machine import THIS, free_memory, named
+from eval.machine import THIS, named
 from eval.roofline import shapes_of
 from eval.runs import read_run
 from stages import gguf_files

@@ -13,12 +13,13 @@ import torch
 from transformers import set_seed
 
 from distill import distributed, tracking
-from distill.config import VERSION, RunConfig
+from distill.config import VERSION, RunConfig, ScoreConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data
 from distill.data.sources import EMBEDDED
 from distill.errors import UserError
 from distill.hybrid.surgery import check_teacher, hybrid_config
+from distill.importance import needs
 from distill.lock import hold
 from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, dependents, forget, verify, write_text
@@ -31,6 +32,7 @@ from eval.suites import check_tasks
 from stages.context import Context, need
 from stages.identity import data_identity, identity
 from stages.lineage import misplaced, stages_of, unrecorded
+from stages.speedup import settle
 from stages.targets import check_device, read_config
 
 HELD_OUT_SEED = 90_001  # validation rows: the same for every stage and candidate
@@ -75,6 +77,7 @@ def open_run(
     trust_code(config.teacher, config.trust_remote_code)
     model = load_model_config(config.teacher)
     check_teacher(model)
+    settle(config, model, say)
     stages = stages_of(config, model)
     attention = [ATTENTION] * model.num_hidden_layers
     named = [block for block in range(len(attention)) if block not in config.mixer.blocks][:1]  # of mixer.name
@@ -115,14 +118,26 @@ def check_inputs(config: RunConfig, model: Any) -> None:
     check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
     check_data(config.data, lambda: load_tokenizer(config.teacher))
     accuracy.check(config.measure)
-    check_tasks([config.score.loo.task], "multiple_choice", allow_code=config.measure.allow_code_execution)
-    accuracy.check_data([(config.score.loo.task, "multiple_choice")], config.measure.local_data)
+    asked = [config.score.loo.task, *recall_tasks(config.score)]
+    check_tasks(asked, "multiple_choice", allow_code=config.measure.allow_code_execution)
+    accuracy.check_data([(task, "multiple_choice") for task in asked], config.measure.local_data)
     window = getattr(model, "max_position_embeddings", None) or float("inf")
     if config.measure.max_new_tokens >= window:
         raise UserError(
             f"measure.max_new_tokens={config.measure.max_new_tokens} leaves no room for a question in the "
             f"teacher's {window} positions (max_position_embeddings): it must be below that"
         )
+
+
+def recall_tasks(score: ScoreConfig) -> list[str]:
+    """The tasks of ``score.recall_drop``, where a stage may be scored by it; UserError where it has none to compare."""
+    options = score.recall_drop
+    taken = (score.first, score.later, *(text.split()[0] for text in score.compare if text.strip()))
+    if not any("tasks" in needs(score, name) for name in taken):
+        return []
+    if not options.recall or not options.rest:
+        raise UserError("score.recall_drop needs at least one task under recall and one under rest")
+    return [*options.recall, *options.rest]
 
 
 def check_finished(context: Context, also: list[Step], *, force: bool) -> None:

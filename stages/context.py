@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import DataConfig, Origin, RunConfig
+from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
+from distill.importance import COMBINED, OPTIONS, needs, parts
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
-from distill.records import Step, read_record
+from distill.records import Step, fingerprint, read_record
 from distill.schedule import Stage
 from stages.lineage import kept
 
 LATER = (
     "bc_norm", "blocks", "split", "subset", "revision", "columns", "too_long", "streaming", "shuffle_buffer",
-    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k",
+    "learning_rates", "freeze", "on_bad_loss", "spike", "teacher_mode", "teacher_top_k", "lockstep", "halving",
+    "halving_check",
 )  # fmt: skip
 """Keys that earlier versions did not have, and whose defaults are what those did."""
 LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_start", "reasoning_end")
@@ -28,8 +30,14 @@ LATER_MEASURED = ("few_shot", "temperature", "top_p", "samples", "reasoning_star
 
 OFFLINE = "offline"
 """The ``train.teacher_mode`` that changes what is learned: where the others have the teacher is no matter."""
+ALIGNED = "aligned"
+"""The score whose options say how mixers are aligned, and the ``mixer.init`` by which they are."""
+SCORING = 1
+"""The purpose (``Context.seed``) of the rows that importance scores train on."""
 WITHOUT_EFFECT = ("keep_checkpoints", "keep_best", "data_workers")
 """Keys of a training that change nothing of what it ends with."""
+SCORED_ALIKE = ("candidates_at_once", "at_once")
+"""Keys of a score that change no bit of it."""
 
 
 def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
@@ -42,6 +50,15 @@ def inputs_of(part: Any, later: Sequence[str] = LATER) -> dict[str, Any]:
     if "mixture" in kept:
         kept["mixture"] = [inputs_of(entry) for entry in part.mixture]
     return kept
+
+
+def score_inputs(config: ScoreConfig, name: str) -> dict[str, Any]:
+    """A score and its own options, for fingerprints."""
+    if name == COMBINED:
+        return {"scorer": name, "parts": [score_inputs(config, part) for part in config.combine]}
+    own = getattr(config, OPTIONS.get(name, name), {})
+    kept = inputs_of(own, (*LATER, *LATER_MEASURED)) if dataclasses.is_dataclass(own) else {name: own}
+    return {"scorer": name, **{key: value for key, value in kept.items() if key not in SCORED_ALIKE}}
 
 
 @dataclass
@@ -138,7 +155,12 @@ class Context:
         if not config.data.mixture:
             data.pop("mixture")
         by_block = {"blocks": config.mixer.blocks} if config.mixer.blocks else {}
+        aligned: dict[str, Any] = {}
         data["content"] = self.data
+        if config.mixer.init == ALIGNED:
+            size = {"batch_size": config.train.batch_size}
+            options = {key: value for key, value in asdict(config.score.aligned).items() if key != "at_once"}
+            aligned = {"aligned": {**size, **options}, "data": data, **trained_on}
         measure = self.measured()
         steps = [Step("teacher", self.run_dir / "teacher", {**base, "measure": measure}, {})]
         ends: list[dict[str, str]] = []  # the training of every stage
@@ -146,13 +168,15 @@ class Context:
             start = stage.start
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
-            score = {"scorer": stage.scorer, **inputs_of(getattr(config.score, stage.scorer), LATER_MEASURED)}
-            trained = {} if stage.scorer == "loo" else {"data": data, "train": train, "mixer": mixer}
+            score = self.scored(stage)
+            taken = [stage.scorer, *(text.split()[0] for text in config.score.compare if text.strip())]
+            trains = any("rows" in needs(config.score, name) for name in taken)
+            trained = {"data": data, "train": train, "mixer": mixer} if trains else {}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
                 "score": {**chosen, **base, "score": score, **trained, **trained_on},
                 "place": {"added": stage.added, "mixer": config.mixer.name, **by_block},
-                "swap": {**base, "mixer": mixer},
+                "swap": {**base, "mixer": mixer, **aligned},
                 **({"cache": cached} if offline else {}),
                 "train": {**base, "steps": stage.steps, "train": {**train, **stored}, "data": data, **trained_on},
                 "measure": {**base, "measure": measure, "kernels": config.kernels},
@@ -173,11 +197,12 @@ class Context:
         if stage.start.stage is not None:
             source = self.stages[stage.start.stage]
             model, mixers = (self.checkpoint(source, stage.start.step),), (self.folder(source, "place"),)
+        scored = (self.folder(stage, "score"),) if self.config.mixer.init == ALIGNED else ()
         train, cache = self.folder(stage, "train"), self.folder(stage, "cache")
         return {
             "score": (*model, *mixers),
             "place": (self.folder(stage, "score"), *mixers),
-            "swap": (self.folder(stage, "place"), *model),
+            "swap": (self.folder(stage, "place"), *scored, *model),
             "cache": (self.folder(stage, "swap"),),
             "train": (self.folder(stage, "swap"), *([cache] if self.config.train.teacher_mode == OFFLINE else [])),
             "measure": (train / "checkpoint", train / "train.json"),
@@ -211,6 +236,15 @@ class Context:
             after = {steps[-1].name: steps[-1].fingerprint}
         return steps
 
+    def scored(self, stage: Stage) -> dict[str, Any]:
+        """What of the config decides the scores of a stage."""
+        options = self.config.score
+        named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
+        taken = [*parts(options, stage.scorer), *(text.split()[0] for text in options.compare if text.strip())]
+        if set(taken) & OPTIONS.keys():  # these go on until so many blocks are chosen
+            named["added"] = [stage.added]
+        return {**score_inputs(options, stage.scorer), **named}
+
     def computed(self) -> dict[str, Any]:
         """What besides the config decides the bits that a training ends with."""
         return {"threads": self.threads, "kernels": self.config.kernels}
@@ -225,6 +259,17 @@ class Context:
     def step(self, stage: Stage, name: str) -> Step:
         """One step of a stage."""
         return next(s for s in self.run_steps() if s.name == f"{stage.folder}/{name}")
+
+
+def rows_to_align(config: RunConfig) -> int:
+    """How many training rows an alignment of mixers takes."""
+    return config.score.aligned.steps * (config.score.aligned.batch_size or config.train.batch_size)
+
+
+def mixers_of(step: Step, options: ScoreConfig) -> str:
+    """Of all that the aligned mixers of a score step depend on, taken with these options."""
+    own = {key: value for key, value in asdict(options.aligned).items() if key not in ("at_once", "heldout_tokens")}
+    return fingerprint([step.fingerprint, own])
 
 
 def need(path: Path, verb: str) -> Path:

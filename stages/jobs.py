@@ -1,8 +1,9 @@
 """The jobs of a run, and their sbatch scripts, as pure text.
 
-One job a step, each after the one before it: ``score`` (a job array, a task for each block that still has attention),
-``swap``, ``train`` and ``measure`` for every stage, then ``report``. Joining the scores, choosing the blocks and
-swapping them share one job: the first two take seconds, and would each wait in the queue for longer than they work.
+One job a step, each after the one before it: ``score`` (a job array with a task for each candidate, where these can be
+scored apart), ``swap``, ``train`` and ``measure`` for every stage, then ``report``. Joining the scores, choosing the
+blocks and swapping them share one job: the first two take seconds, and would each wait in the queue for longer than
+they work.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill import interrupt
-from distill.config import SlurmConfig
+from distill.config import RunConfig, ScoreConfig, SlurmConfig
 from distill.engine import NEED_LAUNCHER
 from distill.errors import UserError
+from distill.importance.comparison import entries
 from distill.schedule import Stage
 
 VERBS = {"score": ("score",), "swap": ("score", "place", "swap"), "train": ("train",), "measure": ("measure",)}
@@ -73,18 +75,30 @@ class Job:
         return self.key.replace("/", "-")
 
 
-def chain(name: str, run: Path, stages: Sequence[Stage], engine: str = "auto") -> list[Job]:
+def whole_scores(score: ScoreConfig) -> set[str]:
+    """Of the scores of a run, those whose candidates are not scored apart: they get one job, and no array."""
+    return {name for name in (score.first, score.later) if not entries(score, name)[0].apart}
+
+
+def chain(
+    name: str, run: Path, stages: Sequence[Stage], engine: str = "auto", whole: Collection[str] = ()
+) -> list[Job]:
     """Every job of a run, in order; each waits for the one before it. ``run`` is the run folder, ``engine`` what its
-    trainings are shared by."""
+    trainings are shared by, ``whole`` as in ``whole_scores``."""
     jobs: list[Job] = []
     for stage in stages:
         for kind, verbs in VERBS.items():
             commands = tuple((verb, str(run), "--stage", str(stage.index + 1)) for verb in verbs)
-            tasks = tuple(range(stage.num_blocks - stage.start.replaced)) if kind == "score" else ()
+            tasks = tuple(range(stage.candidates)) if kind == "score" and stage.scorer not in whole else ()
             launched = kind == "train" and engine in NEED_LAUNCHER
             jobs.append(Job(f"{stage.folder}/{kind}", f"{name}-{stage.folder}-{kind}", commands, tasks, launched))
     jobs.append(Job("report", f"{name}-report", (("report", str(run)),)))
     return jobs
+
+
+def jobs_of(config: RunConfig, run: Path, stages: Sequence[Stage]) -> list[Job]:
+    """The jobs of the run in the folder ``run``."""
+    return chain(config.name, run, stages, config.engine.name, whole_scores(config.score))
 
 
 def batch_script(slurm: SlurmConfig, job: Job, folder: Path) -> str:

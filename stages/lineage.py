@@ -42,10 +42,21 @@ def stages_of(config: RunConfig, teacher: Any) -> list[Stage]:
         if not 0 <= block < blocks:
             raise UserError(f"mixer.blocks.{block}: the teacher's blocks are 0 to {blocks - 1}")
     stages = build_schedule(config, blocks)
+    if any(stage.scorer == "given" for stage in stages):
+        _check_given(config.score.given, stages, blocks)
     for stage in stages:
         if stage.start.path:
             _check_hybrid(config, stage, teacher)
     return stages
+
+
+def _check_given(given: Sequence[int], stages: Sequence[Stage], blocks: int) -> None:
+    """Refuse a list of blocks by hand that holds others than the teacher's, or too few for the stages."""
+    most = max(stage.replaced for stage in stages)
+    if beyond := [block for block in given if not 0 <= block < blocks]:
+        raise UserError(f"score.given: block {beyond[0]}: the teacher's blocks are 0 to {blocks - 1}")
+    if len(given) < most:
+        raise UserError(f"score.given names {len(given)} blocks, and H1-{most} replaces {most}: name as many")
 
 
 def _check_hybrid(config: RunConfig, stage: Stage, teacher: Any) -> None:

@@ -28,6 +28,8 @@ from distill.groups import GROUPS, group_of
 from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
+from distill.importance import parts
+from distill.importance.halving import steps_of
 from distill.mixers import ATTENTION
 from distill.placement import replace
 from distill.schedule import Stage
@@ -36,7 +38,9 @@ from distill.teacher import load_tokenizer, trust_code
 from eval.machine import DEVICES, Machine
 from eval.roofline import pays_from
 from stages.common import say
+from stages.context import rows_to_align
 from stages.lineage import lineage_tokens, stages_of, unrecorded
+from stages.speedup import settle
 from stages.targets import read_config
 
 GB = 1e9
@@ -56,6 +60,7 @@ class Sizes:
 def main(args: argparse.Namespace) -> int:
     config = read_config(args.target, args.overrides)
     teacher = teacher_config(config)
+    settle(config, teacher, say)
     stages = stages_of(config, teacher)
     for line in plan(config, teacher, stages):
         say(line)
@@ -184,22 +189,22 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         f"data      {describe(config.data)}",
         *(f"          {line}" for line in ([] if config.teacher_config else data_lines(config))),
         "",
-        f"{'stage':12s}{'score':8s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
+        f"{'stage':12s}{'score':12s}{'candidates':>11s}{'new':>5s}{'replaced M':>12s}{'steps':>9s}{'tokens':>10s}"
         f"{'lineage':>10s}{'hours':>9s}  start",
     ]
     total_hours = 0.0
     for stage in stages:
-        candidates = blocks - stage.replaced + stage.added
+        candidates = stage.candidates
         student = size.total + stage.replaced * (size.mixer - size.attention)
         step_flops = 6 * student + 2 * size.total + (2 * student if train.gradient_checkpointing else 0)
         flops = float(step_flops) * stage.tokens
         if stage.scorer == "mmr":
-            one = config.score.mmr.steps * train.batch_size * config.data.sequence_length * step_flops
-            flops += candidates * (one + 2 * config.score.mmr.heldout_tokens * 2 * (student + size.total))
+            flops += mmr_flops(config, stage, step_flops, student, size.total)
+        flops += alignment_flops(config, stage, student, size.mixer)
         hours = flops / usable / 3600
         total_hours += hours
         lines.append(
-            f"{stage.name:12s}{stage.scorer:8s}{candidates:11d}{stage.added:5d}"
+            f"{stage.name:12s}{stage.scorer:12s}{candidates:11d}{stage.added:5d}"
             f"{stage.replaced * size.attention / 1e6:12,.1f}{stage.steps:9,d}{tokens(stage.tokens):>10s}"
             f"{tokens(lineage_tokens(config, stages, stage)):>10s}{hours:9.3g}  {stage.start.name}"
         )
@@ -212,13 +217,39 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
     placement = replace([ATTENTION] * blocks, list(range(largest)), config.mixer.of)
     lines += [
         "",
-        f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by MMR included, LOO and "
-        f"measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
+        f"time      {total_hours:,.3g} h on {workers} device{'s' * (workers > 1)}, scoring by losses included, LOO "
+        f"and measuring not; assumes {source}, used at {100 * config.plan.utilisation:.0f}%",
         *memory_lines(config, teacher, placement, workers),
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints"
         + (f"; the teacher's logits at most {stored / GB:,.3g} GB, before they are compressed" if stored else ""),
     ]
     return [*lines, pays_line(config, teacher), *serving_lines(config, teacher, placement)]
+
+
+def alignment_flops(config: RunConfig, stage: Stage, model: int, mixer: int) -> float:
+    """Of a score with aligned mixers (0 of any other): the passes of the model of so many parameters that feed the
+    mixers and record what blocks are given, the mixers' training, and tries, each of which runs half of the model."""
+    options, candidates = config.score.aligned, stage.candidates
+    rounds = {"aligned": 1, "greedy": stage.added, "kl_restore": max(candidates - stage.added, 1)}
+    if not (taken := [name for name in parts(config.score, stage.scorer) if name in rounds]):
+        return 0.0
+    read = rows_to_align(config) * config.data.sequence_length
+    passes = sum(1 + (candidates - number) / 2 for name in taken for number in range(rounds[name]))
+    return read * (2 * model + 6 * candidates * mixer) + options.heldout_tokens * 2 * model * passes
+
+
+def mmr_flops(config: RunConfig, stage: Stage, step_flops: int, student: int, teacher: int) -> float:
+    """What MMR takes, from what a token of a training step takes and the parameters of student and teacher: everything
+    is trained, or the candidates go in lockstep, each through the blocks above it (half of them, on average)."""
+    mmr, train = config.score.mmr, config.train
+    seen = steps_of(stage.candidates, mmr, stage.added) * train.batch_size * config.data.sequence_length
+    held = 2 * mmr.heldout_tokens
+    if mmr.trainable == "all":
+        return float(seen * step_flops + stage.candidates * held * 2 * (student + teacher))
+    if mmr.lockstep:
+        once = mmr.steps * train.batch_size * config.data.sequence_length + held
+        return float(once * 2 * (student + teacher) + (seen * 2 + stage.candidates * held) * student)
+    return float((seen + stage.candidates * held) * 2 * (student + teacher) + seen * student)
 
 
 def pays_line(config: RunConfig, teacher: Any) -> str:

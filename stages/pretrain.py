@@ -2,10 +2,10 @@
 
     distill pretrain teacher output=runs/teacher
 
-CONFIG is a YAML file, or the short name of one we ship (``teacher``). Writes a Hugging Face folder (bf16
-safetensors, tokenizer) with the recipe, the training log and the held-out scores beside it. Interrupted, the
-same command continues from the newest checkpoint; finished, it prints the scores, which it measures again where
-scores.json was removed.
+CONFIG is a YAML file, or the short name of one we ship (``teacher``; ``teacher_small``, of another family). Writes a
+Hugging Face folder (bf16 safetensors, tokenizer) with the recipe, the training log and the held-out scores beside it.
+Interrupted, the same command continues from the newest checkpoint; finished, it prints the scores, which it measures
+again where scores.json was removed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from distill.config import MeasureConfig, PretrainConfig
 from distill.config_merge import dump_config, load_config
 from distill.data.mixture import check_data, load_data
-from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
+from distill.data.tokenizer import build_tokenizer
 from distill.errors import UserError
 from distill.lock import hold
 from distill.records import differences, read_json, write_json, write_text
@@ -34,7 +34,7 @@ from eval import accuracy
 from eval.scores import Scores
 from eval.wellformed import problem
 from stages.common import say, set_threads
-from stages.targets import check_pretrain, config_path
+from stages.targets import check_pretrain, config_path, model_config
 
 
 def main(args: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def train(config: PretrainConfig, output: Path) -> None:
     if config.start:
         model = load_model(config.start).train()
     else:
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **ids, **config.model))
+        model = AutoModelForCausalLM.from_config(model_config(config.model, **ids))
     say(f"teacher: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} blocks")
     options = config.train
     rows = load_data(config.data, tokenizer, options.steps * options.batch_size, config.seed)

@@ -1,40 +1,51 @@
 """Score the importance of every block that still has attention.
 
     distill score demo            (or: distill score runs/demo --stage H1-7)
+    distill score my.yaml score.blocks=[3,7,9] "score.compare=[loo,mmr trainable=mixer]"
 
 CONFIG or RUN. A stage that starts from the teacher uses LOO (accuracy lost when a block is the identity), later ones
 MMR (loss after a short distillation with the block swapped), as in Apriel-H1, section 3.1. Writes
-``score/scores.json``.
+``score/scores.json`` and ``score/importance.parquet`` (a row for every score and block). Cut short, it goes on with the
+blocks that are left. Started by torchrun, the processes share the candidates out.
 
     distill score runs/demo --stage H1-7 --candidate 3
 
-RUN. Scores one candidate alone (3: the fourth of the blocks that still have attention) beside other processes that
-score others, as the tasks of a job array do. What they have scored is joined by ``distill score`` as above, which does
-itself what is missing: the same scores, bit for bit.
+RUN. Scores one candidate alone (3: the fourth of the blocks that are scored) beside other processes that score others,
+as the tasks of a job array do. What they have scored is joined by ``distill score`` as above, which does itself what is
+missing: the same scores, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill import lock
+import pandas as pd
+
+from distill import distributed, lock
 from distill.errors import UserError
-from distill.importance import Setup, join, scorer
+from distill.importance import Setup, join, mixer_store, needs, parts, scorer
+from distill.importance.checks import check_enough, check_finite, check_rows
+from distill.importance.comparison import Entry, compared, entries
 from distill.mixers import set_kernels
-from distill.placement import ATTENTION
-from distill.records import Step, read_record, verify, write_json
-from distill.schedule import Stage
+from distill.progress import Countdown
+from distill.records import fingerprint, verify, write_json
+from distill.schedule import TEACHER, Stage
 from distill.teacher import RememberingTeacher, load_model, load_tokenizer
-from eval.loglikelihood import prepare
+from eval.loglikelihood import prepare, prepare_all
+from stages.candidates import Known, candidates, chosen, known
 from stages.common import HELD_OUT_SEED, begin, find_stage, open_run, say, stage_main
-from stages.context import Context
+from stages.context import SCORING, Context, mixers_of, rows_to_align
+from stages.ranks import share
 from stages.targets import check_device
 
 SHARED = ("baseline", "baseline_stderr", "questions", "heldout_tokens")
 """What every candidate's process measures anew, and finds equal where machines are."""
+FEW = 500
+"""Questions below which accuracies are too coarse to rank blocks by."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -47,30 +58,83 @@ def run_stage(context: Context, stage: Stage) -> bool:
     """Score the blocks for one stage; returns whether there was anything to do."""
     context.before(stage)  # it must be there
     step = context.step(stage, "score")
-    for path in sorted(place(step.partial).glob("*.lock")):
+    for path in sorted(known(step).folder.glob("*.lock")):
         lock.check(path, f"candidate {int(path.stem)} of {step.name}")
     return step.perform(lambda folder: score(context, stage, folder), resumable=True, scratch=("candidates", "scratch"))
 
 
 def score(context: Context, stage: Stage, folder: Path) -> None:
-    """Score what no candidate's process has, and join."""
+    """Take the score that decides, and those that are compared with it."""
     blocks = candidates(context, stage)
-    found = scored(context.step(stage, "score"))
-    records = [found[block] for block in blocks if block in found]
-    if found:
-        say(f"{stage.name}: {len(records)} of {len(blocks)} candidates are scored already")
-    if left := [block for block in blocks if block not in found]:
-        records.append(scorer(stage.scorer)(prepared(context, stage, left, folder / "scratch")))
+    check_enough(f"{stage.name}: {stage.scorer}", blocks, stage.added)
+    share(context, stage, "score")
+    every = entries(context.config.score, stage.scorer)
+    mine = [part(context, stage, entry, number) for number, entry in enumerate(every)]
+    if (job := distributed.job()) is not None:
+        job.wait_for_others()
+    records = [
+        whole(context, stage, entry, number, record)
+        for number, (entry, record) in enumerate(zip(every, mine, strict=True))
+    ]
+    for entry, record in zip(every, records, strict=True):
+        check_rows(entry.name, record["blocks"], stage.added)
+    result = dict(records[0])
+    if others := {entry.name: record for entry, record in zip(every[1:], records[1:], strict=True)}:
+        result["compared"] = compared(result, others, stage.added)
+    write_json(folder / "scores.json", result)
+    table(result, stage.added).to_parquet(folder / "importance.parquet", index=False)
+    tell(result, stage)
+
+
+def take_part(context: Context, stage: Stage) -> None:
+    """The candidates of a process that is not the first of its job."""
+    job = distributed.job()
+    assert job is not None
+    for number, entry in enumerate(entries(context.config.score, stage.scorer)):
+        if (record := part(context, stage, entry, number)) is not None:
+            known(context.step(stage, "score"), number).put(f"rank-{job.rank:03d}", record)
+    job.finished()
+
+
+def part(context: Context, stage: Stage, entry: Entry, number: int) -> dict[str, Any] | None:
+    """The record of what this process has to score: of a job's processes each takes its share of what is not known yet,
+    the first alone what cannot be scored apart. None where nothing is left for it."""
+    job, store = distributed.job(), known(context.step(stage, "score"), number)
+    rank, world = (job.rank, job.world) if job is not None else (0, 1)
+    blocks = candidates(context, stage)
+    if not entry.apart:
+        return scorer(entry.scorer)(prepared(context, stage, entry, blocks, None)) if rank == 0 else None
+    done, rows = store.records(), store.rows(blocks)
+    if rank == 0 and (done or rows):
+        say(f"{stage.name}: {len(done | rows)} of {len(blocks)} candidates are scored already")
+    mine = [block for block in blocks[rank::world] if block not in done]
+    if not mine:
+        return None
+    record = scorer(entry.scorer)(
+        prepared(context, stage, entry, [block for block in mine if block not in rows], store)
+    )
+    kept = {"blocks": [rows[block] for block in mine if block in rows]}
+    return join(entry.scorer, [record, kept])
+
+
+def whole(context: Context, stage: Stage, entry: Entry, number: int, mine: dict[str, Any] | None) -> dict[str, Any]:
+    """One record of all candidates, from this process's and those of others."""
+    if not entry.apart:
+        assert mine is not None
+        return mine
+    found = known(context.step(stage, "score"), number).records()
+    records = [found[block] for block in candidates(context, stage) if block in found]
+    records += [mine] if mine is not None else []
+    if missing := set(candidates(context, stage)) - {row["block"] for record in records for row in record["blocks"]}:
+        raise UserError(f"{stage.name}: there is no score of blocks {sorted(missing)} yet: the same command continues")
     for key in SHARED:
         if len(values := {record[key] for record in records if key in record}) > 1:
             say(f"warning: {key} is not the same for every candidate ({min(values)} to {max(values)}): unlike machines")
-    result = join(stage.scorer, records)
-    write_json(folder / "scores.json", result)
-    say(f"  least important first: {result['order']}")
+    return join(entry.scorer, records, entry.options, stage.added)
 
 
 def score_candidate(args: argparse.Namespace) -> int:
-    """Score the i-th remaining block alone; the run folder is not locked, this candidate is."""
+    """Score the i-th candidate alone; the run folder is not locked, this candidate is."""
     if args.force:
         raise UserError("--force redoes a whole score: give it without --candidate")
     if args.stage is None:
@@ -81,81 +145,83 @@ def score_candidate(args: argparse.Namespace) -> int:
     check_device(context.config)
     stage = find_stage(context, args.stage, "score")
     assert stage is not None
-    step = context.step(stage, "score")
-    blocks = candidates(context, stage)
-    if not 0 <= args.candidate < len(blocks):
-        raise UserError(
-            f"{stage.name}: no candidate {args.candidate}; expected a value in [0, {len(blocks)}), one for each block "
-            "that still has attention"
-        )
-    block = blocks[args.candidate]
+    step, entry = context.step(stage, "score"), entries(context.config.score, stage.scorer)[0]
+    if not entry.apart:
+        raise UserError(f"{stage.name}: {entry.name} scores its candidates together: leave out --candidate")
+    block = chosen(candidates(context, stage), args.candidate, stage.name)
     step.check()
-    if step.done or block in scored(step):
+    store = known(step)
+    if step.done or block in store.records():
         say(f"{stage.name}: block {block} is scored already")
         return 0
     lock.check(context.run_dir / "run.lock", str(context.run_dir))
-    folder = place(step.part())
-    folder.mkdir(exist_ok=True)
-    lock.hold(folder / f"{args.candidate:03d}.lock", f"candidate {args.candidate} of {step.name}")
+    step.part()
+    store.folder.mkdir(exist_ok=True)
+    lock.hold(store.folder / f"{args.candidate:03d}.lock", f"candidate {args.candidate} of {step.name}")
     for path in step.reads:
         verify(path)
-    record = scorer(stage.scorer)(prepared(context, stage, [block], step.partial / "scratch"))
-    write_json(folder / f"{args.candidate:03d}.json", {"fingerprint": step.fingerprint, "record": record})
+    record = scorer(stage.scorer)(prepared(context, stage, entry, [block], None))
+    store.put(f"{args.candidate:03d}", record)
     return 0
 
 
-def candidates(context: Context, stage: Stage) -> list[int]:
-    """The blocks that still have attention, ascending."""
-    _, mixers = context.before(stage)
-    return [block for block, mixer in enumerate(mixers) if mixer == ATTENTION]
-
-
-def place(partial: Path) -> Path:
-    """Where the processes of single candidates write."""
-    return partial / "candidates"
-
-
-def scored(step: Step) -> dict[int, dict[str, Any]]:
-    """By block, the records of single candidates with the inputs of ``step``."""
-    found: dict[int, dict[str, Any]] = {}
-    for path in sorted(place(step.partial).glob("[0-9]*.json")):
-        part = read_record(path, fingerprint=str, record=dict)
-        if part["fingerprint"] == step.fingerprint:
-            found[part["record"]["blocks"][0]["block"]] = part["record"]
-    return found
-
-
-def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Path) -> Setup:
-    """All that scoring ``blocks`` takes, the models loaded."""
-    config = context.config
-    seed = begin(context, stage, 1)
+def prepared(context: Context, stage: Stage, entry: Entry, blocks: Sequence[int], store: Known | None) -> Setup:
+    """All that scoring ``blocks`` takes, the models loaded; rows are noted in ``store`` as they come."""
+    config, options = context.config, entry.options
+    seed = begin(context, stage, SCORING)
     tokenizer = load_tokenizer(config.teacher)
     teacher = RememberingTeacher(load_model(config.teacher, config.dtype))  # every candidate sees the same rows
-    dtype = "float32" if stage.scorer == "mmr" else config.dtype  # what is trained has float32 weights
+    read, taken = needs(options, entry.scorer), parts(options, entry.scorer)
+    dtype = config.dtype
+    if "mmr" in taken or ("rows" in read and stage.start.name != TEACHER):
+        dtype = "float32"  # what is trained, or was, has float32 weights
     start, _ = context.before(stage)
     model = load_model(start, dtype)
     set_kernels(model, config.kernels)
-    options = config.score
-    say(f"{stage.name}: scoring {len(blocks)} blocks with {stage.scorer}")
+    scratch = context.step(stage, "score").partial / "scratch" / fingerprint([entry.name, list(blocks)])
+    say(f"{stage.name}: scoring {len(blocks)} blocks with {entry.name}")
     metric: Any = None
+    tasks: Any = None
     rows: Any = None
     heldout: Any = None
-    if stage.scorer == "mmr":
+    if "rows" in read:
+        sizes = {  # of training rows, and of held-out tokens
+            "mmr": (options.mmr.steps * config.train.batch_size, options.mmr.heldout_tokens),
+            "aligned": (rows_to_align(config), options.aligned.heldout_tokens),
+        }
+        wanted = [sizes.get(each, sizes["aligned"]) for each in taken if needs(options, each) & {"rows"}]
+        rows = context.rows(tokenizer, max(count for count, _ in wanted), seed)
+        tokens = max(tokens for _, tokens in wanted)
         length = config.data.sequence_length
-        rows = context.rows(tokenizer, options.mmr.steps * config.train.batch_size, seed)
-        heldout = context.rows(tokenizer, -(-options.mmr.heldout_tokens // length), HELD_OUT_SEED, held_out=True)
-    else:
-        metric = prepare(
+        heldout = context.rows(tokenizer, -(-tokens // length), HELD_OUT_SEED, held_out=True)
+    if "tasks" in read:
+
+        def tasks(names: Sequence[str], questions: int) -> Any:
+            return prepare_all(names, tokenizer, model, questions, local_data=config.measure.local_data).compare
+
+    if "metric" in read:
+        requests = prepare(
             options.loo.task,
             tokenizer,
             model,
             options.loo.questions,
             few_shot=None if options.loo.few_shot < 0 else options.loo.few_shot,
             local_data=config.measure.local_data,
-        ).compare
+        )
+        if len(requests.gold) < FEW:
+            say(f"warning: {len(requests.gold)} questions rank blocks poorly; at least {FEW} are wanted")
+        countdown = Countdown(f"{stage.name}: {entry.name}", 1.0)
+        metric = partial(requests.compare, progress=countdown.reach, journal=scratch / "values.jsonl")
 
     def report(block: int, row: dict[str, float]) -> None:
-        figures = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if key not in ("block", "score"))
+        check_finite(entry.name, row)
+        if store is not None:
+            store.add(row)
+        figures = "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+            if key not in ("block", "score")
+        )
         say(f"  block {block:3d}  score {row['score']:.4f}  ({figures})")
 
     return Setup(
@@ -173,4 +239,37 @@ def prepared(context: Context, stage: Stage, blocks: Sequence[int], scratch: Pat
         dtype=config.dtype,
         scratch=scratch,
         report=report,
+        tasks=tasks,
+        added=stage.added,
+        kept=context.step(stage, "score").partial / mixer_store.FOLDER,
+        fingerprint=mixers_of(context.step(stage, "score"), options),
     )
+
+
+def table(record: dict[str, Any], added: int) -> pd.DataFrame:
+    """A row for every score and block: ``scorer``, ``decides``, ``block``, ``score``, ``rank`` (1: the least
+    important), ``chosen``, and what else the score has."""
+    rows = []
+    named = [(record["scorer"], record), *((each["scorer"], each) for each in record.get("compared", []))]
+    for number, (name, part) in enumerate(named):
+        ranks = {block: rank for rank, block in enumerate(part["order"], 1)}
+        for row in part["blocks"]:
+            rank = ranks.get(row["block"])
+            common = {"scorer": name, "decides": number == 0, "block": row["block"], "score": row["score"]}
+            own = {key: value for key, value in row.items() if key not in common}
+            rows.append({**common, "rank": rank, "chosen": rank is not None and rank <= added, **own})
+    return pd.DataFrame(rows)
+
+
+def tell(record: dict[str, Any], stage: Stage) -> None:
+    """Say what came out."""
+    say(f"  least important first: {record['order']}")
+    halving = record.get("halving", {})
+    if "saved" in halving:
+        say(f"  halving ran {halving['steps_run']:,} of {halving['steps_full']:,} steps ({halving['saved']:.0%} saved)")
+    if "would_choose" in halving:
+        other = f"choose {halving['would_choose']}" if halving["changes_choice"] else "choose the same"
+        say(f"  halving would {other}, and save {halving['would_save']:.0%} of the steps")
+    for each in record.get("compared", []):
+        same = f"{each['same_choice']} of {stage.added} blocks chosen alike"
+        say(f"  {each['scorer']}: rank correlation {each['spearman']:.2f}, {same}; {each['order']}")

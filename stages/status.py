@@ -17,7 +17,7 @@ from pathlib import Path
 from distill import lock
 from stages import ledger
 from stages.common import say
-from stages.jobs import AGAIN, Job, chain
+from stages.jobs import AGAIN, Job, jobs_of, ranges
 from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     except SchedulerError as error:
         standing, asked = {}, False
         notes.append(f"the run folder's records alone: {error}")
-    jobs = chain(config.name, run, stages)
+    jobs = jobs_of(config, run, stages)
     left = {job.key: job for job in ledger.left(run, jobs)}
     works = [work(run, job, left.get(job.key), steps.get(job.key.partition("/")[0], 0)) for job in jobs]
     rows = [row(run, job, done, standing.get(job.key, [])) for job, done in zip(jobs, works, strict=True)]
@@ -124,7 +124,12 @@ def advice(run: Path, rows: Sequence[Row], asked: bool) -> list[str]:
     if broken:
         first = broken[0]
         lines = [f"{first.job.key} has not succeeded ({first.state}); its log ends:", *tail(Path(first.log))]
-        return [*lines, f"log: {first.log}", f"mend it, then: {again}   (what is finished stands)"]
+        lines.append(f"log: {first.log}")
+        if missing := ledger.unscored(run, first.job):
+            stage = int(first.job.key.split("-")[0])
+            alone = f"distill score {shlex.quote(str(run))} --stage {stage} --candidate {missing[0]}"
+            lines.append(f"candidates without a score: {ranges(missing)}; one alone: {alone}")
+        return [*lines, f"mend it, then: {again}   (what is finished stands)"]
     moving = [row for row in rows if row.state and not row.done]
     return [] if moving or not asked else [f"nothing of it is submitted: {again}"]
 

@@ -26,10 +26,11 @@ from distill.records import differences, write_text
 from distill.teacher import load_config as load_model_config
 from stages import ledger, slurm
 from stages.common import check_finished, check_inputs, open_run, say
-from stages.jobs import Job, batch_script, chain, script
+from stages.jobs import Job, batch_script, jobs_of, script
 from stages.lineage import stages_of
 from stages.plan import teacher_config
 from stages.slurm import SchedulerError, Task
+from stages.speedup import settle
 from stages.targets import check, read_config
 
 
@@ -39,8 +40,9 @@ def main(args: argparse.Namespace) -> int:
     config = configured(args)
     run = Path(config.run_dir).expanduser().absolute()
     if args.dry_run:
-        stages = stages_of(config, teacher_config(config))
-        jobs = ledger.left(run, chain(config.name, run, stages, config.engine.name))
+        teacher = teacher_config(config)
+        settle(config, teacher, lambda line: say(f"# {line}"))
+        jobs = ledger.left(run, jobs_of(config, run, stages_of(config, teacher)))
         say(script(config.slurm, jobs, run, settings(config)))
         return 0
     try:
@@ -58,7 +60,7 @@ def submit(args: argparse.Namespace, config: RunConfig, run: Path) -> None:
     context = open_run(args.target, args.overrides, write=False, config=config)
     check_inputs(config, load_model_config(config.teacher))
     check_finished(context, [], force=False)
-    jobs = chain(config.name, run, context.stages, config.engine.name)
+    jobs = jobs_of(config, run, context.stages)
     known, standing = ledger.entries(run), ledger.standing(run)
     live = {key: found for key, tasks in standing.items() if (found := [task for task in tasks if task.live])}
     check_free(run, config, [task for tasks in live.values() for task in tasks])

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
-from distill.config import DataConfig, Origin, PretrainConfig, RunConfig, SftConfig
+from distill.config import DataConfig, MmrConfig, Origin, PretrainConfig, RunConfig, ScoreConfig, SftConfig
 from distill.config_merge import load_config, merge_config
 from distill.data.examples import check_columns
 from distill.data.mixture import check_options
 from distill.data.sources import EMBEDDED
+from distill.data.tokenizer import VOCAB_SIZE
 from distill.engine import ENGINES, check_teacher_mode
 from distill.errors import UserError, brief, choose, nearest
 from distill.groups import check_groups
 from distill.guards import check_guards
 from distill.hybrid.config import mixer_options
+from distill.hybrid.model import FAMILIES
+from distill.hybrid.surgery import check_convertible
+from distill.importance import COMBINED
 from distill.importance import available as scores
+from distill.importance.comparison import entries
 from distill.importance.mmr import TRAINABLE
 from distill.init import available as initialisations
 from distill.losses import terms_of
@@ -37,7 +42,8 @@ LOWEST: dict[str, float] = {
     r"data\.sequence_length": 2,  # one token has no next one to learn
     r"(train|sft)\.(steps|batch_size|gradient_accumulation|learning_rate|eval_rows|temperature)": ABOVE_0,
     r"train\.((steps_by_stage|keep_steps)\[.*|teacher_top_k)": ABOVE_0,
-    r"mixer\..*|score\.mmr\..*|plan\.utilisation|measure\.batch_size": ABOVE_0,
+    r"mixer\..*|score\.mmr\.(steps|heldout_tokens)|plan\.utilisation|measure\.batch_size": ABOVE_0,
+    r"score\.aligned\.(steps|learning_rate|heldout_tokens)": ABOVE_0,
     r"measure\.throughput\.(repeats|batches.*|contexts.*|lengths.*)": ABOVE_0,
     r"measure\.(samples|top_p)": ABOVE_0,
     r"score\.loo\.few_shot": -1,
@@ -45,6 +51,7 @@ LOWEST: dict[str, float] = {
 }
 """Dotted key (the first pattern that fits) -> the least value, else 0; ``ABOVE_0``: any above 0."""
 UNSET = vars(SftConfig())
+GIVEN = "given"
 LARGE = 2**31 - 1  # of any number; it keeps infinity out, too
 FROM_TOKENIZER = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
 """Keys of a model's config that are not the user's to choose."""
@@ -122,9 +129,9 @@ def check(config: RunConfig) -> None:
     check_used({config.mixer.name, *config.mixer.blocks.values()}, mixer_options(config.mixer))
     _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
-    for name in (config.score.first, config.score.later):
-        choose("score", name, scores())
-    choose("score.mmr.trainable", config.score.mmr.trainable, TRAINABLE)
+    check_scores(config.score)
+    for entry in entries(config.score, config.score.later):
+        check_mmr(entry.options.mmr)
     _check_training(config)
     choose("engine.name", config.engine.name, ENGINES)
     check_outside("run_dir", config.run_dir, config.data, config.sft)
@@ -137,6 +144,34 @@ def check(config: RunConfig) -> None:
         raise UserError("measure.throughput needs at least one batch and output_tokens of at least 2")
     if not 0 <= sft.alpha <= 1:
         raise UserError(f"sft.alpha={sft.alpha} must be in [0, 1]: merged = alpha * SFT + (1 - alpha) * H1-h")
+
+
+def check_scores(score: ScoreConfig) -> None:
+    """Refuse scores that there are not, and options of theirs that say nothing."""
+    for name in (score.first, score.later):
+        choose("score", name, scores())
+    for name in score.combine:
+        choose("score in score.combine", name, set(scores()) - {COMBINED})
+    if COMBINED in (score.first, score.later) and len(set(score.combine)) < max(2, len(score.combine)):
+        raise UserError(f"score.combine={score.combine} must be two or more different scores: [loo, mmr]")
+    if GIVEN in (score.first, score.later) and (not score.given or len(set(score.given)) < len(score.given)):
+        raise UserError(
+            f"score.given={score.given} must be blocks, each once, in the order in which to replace them: [7, 8, 9]"
+        )
+
+
+def check_mmr(mmr: MmrConfig) -> None:
+    """Refuse what MMR does not know, and halving with candidates that are not compared with each other."""
+    choose("score.mmr.trainable", mmr.trainable, TRAINABLE)
+    if mmr.halving and mmr.halving_check:
+        raise UserError(
+            "score.mmr.halving drops candidates, score.mmr.halving_check says what that would have changed: set one"
+        )
+    if mmr.halving and mmr.candidates_at_once:
+        raise UserError(
+            f"score.mmr.candidates_at_once={mmr.candidates_at_once} with halving, which compares all of them at each "
+            "rung: leave it at 0, or set score.mmr.halving=false"
+        )
 
 
 def _check_kernels(config: RunConfig) -> None:
@@ -167,16 +202,26 @@ def check_pretrain(config: PretrainConfig) -> None:
         raise UserError("output is empty: name the folder that the teacher is to be written to")
     _check_training(config)
     check_outside("output", config.output, config.data)
-    known = LlamaConfig().to_dict().keys() - FROM_TOKENIZER
-    for key in config.model:
+    model = model_config(config.model)
+    check_shape("model", model)
+    check_convertible(model)
+
+
+def model_config(keys: Mapping[str, Any], **tokens: int | None) -> Any:
+    """The config of a model of the embedded vocabulary from ``keys`` of a config.json (``model_type`` among them, by
+    default ``llama``) and its ``tokens``; UserError for a key or a value that its family has not."""
+    family = choose("model.model_type", str(keys.get("model_type", "llama")), FAMILIES)
+    given = {key: value for key, value in keys.items() if key != "model_type"}
+    known = AutoConfig.for_model(family).to_dict().keys() - FROM_TOKENIZER
+    for key in given:
         if key not in known:
-            raise UserError(f"unknown key 'model.{key}'{nearest(key, known)}; allowed: those of a Llama's config.json")
+            raise UserError(
+                f"unknown key 'model.{key}'{nearest(key, known)}; allowed: those of the config.json of a {family} model"
+            )
     try:
-        check_shape("model", LlamaConfig(**config.model))
-    except UserError:
-        raise
+        return AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, **tokens, **given)
     except Exception as error:  # transformers' validators raise errors of many kinds; each means a bad value
-        raise UserError(f"model is no Llama's config: {brief(error)}") from error
+        raise UserError(f"model is no config of a {family} model: {brief(error)}") from error
 
 
 def _check_training(config: RunConfig | PretrainConfig) -> None:

@@ -120,6 +120,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "stages",
+        "stages.candidates",
         "stages.common",
         "stages.context",
         "stages.failures",
@@ -129,6 +130,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.lineage",
         "stages.ranks",
         "stages.slurm",
+        "stages.speedup",
         "stages.targets",
         "stages.checkpoints",
         "stages.gguf_files",

@@ -145,3 +145,19 @@ def test_tokens_are_counted_along_the_lineage() -> None:
     stages = build_schedule(config, 10)
     assert [lineage_tokens(config, stages, stage) for stage in stages] == [6000, 4000 + 2000, 4000 + 200 + 600]
     assert [entry["steps"] for entry in lineage(config, stages, stages[2])] == [20, 1, 3]
+
+
+def test_candidates_are_those_listed_that_still_have_attention() -> None:
+    stages = build_schedule(RunConfig(schedule=[2, 3], score=ScoreConfig(blocks=[1, 4, 6, 9])), 10)
+    assert [stage.candidates for stage in stages] == [4, 2]
+    assert [stage.candidates for stage in build_schedule(RunConfig(schedule=[2, 3]), 10)] == [10, 8]
+
+
+def test_a_listed_block_without_attention_is_named(tmp_path: Path) -> None:
+    mixers = ["attention", "mamba1", "attention", "attention"]
+    (tmp_path / "config.json").write_text(json.dumps({"mixers": mixers}))
+    config = RunConfig(schedule=[2], start_from={"H1-2": str(tmp_path)}, score=ScoreConfig(blocks=[1, 2]))
+    with pytest.raises(
+        UserError, match=r"block 1 of .* has no attention any more \(mamba1\); choose among \[0, 2, 3\]"
+    ):
+        build_schedule(config, 4)

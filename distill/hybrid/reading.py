@@ -6,6 +6,9 @@ calls the backbone directly: without the marks, states would run from one packed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -148,3 +151,26 @@ class Reader:
         given = {key: kwargs.get(key) for key in ("attention_mask", "past_key_values", "position_ids")}
         mask = create_causal_mask(config=module.config, inputs_embeds=sizes, **given)
         return {"full_attention": mask, "linear_attention": None}
+
+
+@contextmanager
+def documents_marked(model: Any) -> Iterator[None]:
+    """Within, a plain transformer tells its blocks where documents begin, as a hybrid does anyway: for mixers that are
+    put into it for a while, without a cache."""
+    backbone, config = model.model, model.config
+    if any(isinstance(hook, Reader) for hook in backbone._forward_pre_hooks.values()):
+        yield
+        return
+    heads = config.num_attention_heads
+    seen = SimpleNamespace(  # what a Reader asks of a hybrid's config; the mixers are told apart only by a cache
+        mixers=["mixer"] * config.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        mixer_config={},
+    )
+    handle = backbone.register_forward_pre_hook(Reader(seen), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,8 +17,8 @@ from distill.errors import UserError
 from distill.hybrid.config import HybridConfigMixin, mixer_options
 from distill.hybrid.model import FAMILIES
 from distill.init import initialiser
-from distill.mixers import ATTENTION
-from distill.placement import replaced_blocks
+from distill.mixers import ATTENTION, mixer_class
+from distill.placement import replace, replaced_blocks
 
 ENCODERS = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
@@ -125,7 +125,38 @@ def check_options(config: Any, mixer: MixerConfig) -> None:
             raise UserError(f"mixer.{key}={wanted[key]}, but the mixers already there have {key}={old}")
 
 
-def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: int = 0, take: bool = False) -> Any:
+def start_mixer(mixer: Any, attention: nn.Module, init: str, seed: int, block: int) -> None:
+    """Initialise a mixer in place; its bits depend on ``seed``, the block and the attention that it replaces alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 10_007 + block)
+        mixer.reset_parameters()
+        initialiser(init)(mixer, attention)
+
+
+def new_mixer(model: Any, block: int, mixer: MixerConfig, seed: int = 0) -> Any:
+    """The mixer that ``hybridize`` would give ``block`` of ``model``, by itself and on the model's device.
+
+    Raises UserError as ``hybridize`` does.
+    """
+    before = getattr(model.config, "mixers", None) or [ATTENTION] * model.config.num_hidden_layers
+    config = hybrid_config(model.config, replace(before, [block], mixer.of), mixer)
+    check_options(model.config, mixer)
+    with torch.random.fork_rng():
+        made = mixer_class(mixer.of(block))(config, block).to(model.dtype)
+    keep_fp32(made)
+    start_mixer(made, model.model.layers[block].self_attn, mixer.init, seed, block)
+    return made.to(model.device)
+
+
+def hybridize(
+    model: Any,
+    mixers: Sequence[str],
+    mixer: MixerConfig,
+    *,
+    seed: int = 0,
+    take: bool = False,
+    given: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+) -> Any:
     """A hybrid with placement ``mixers`` from ``model`` (a teacher, or a hybrid with fewer blocks replaced).
 
     Blocks that newly lose attention are initialised by ``mixer.init`` from the attention that they had; all
@@ -135,6 +166,7 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
     Args:
         take: have the model's own tensors in place of copies, so that two models are never held; training the hybrid
             would change the model.
+        given: by block, weights of a new mixer in place of those that ``mixer.init`` would give it (aligned ones).
 
     Raises:
         UserError: an unsupported architecture, or a placement of another length or with a mixer changed back.
@@ -160,16 +192,14 @@ def hybridize(model: Any, mixers: Sequence[str], mixer: MixerConfig, *, seed: in
     new = tuple(f"model.layers.{block}.self_attn." for block in changed)
     assert not unexpected and all(name.startswith(new) for name in missing if name != "lm_head.weight"), missing
     hybrid.tie_weights()
-    initialise = initialiser(mixer.init)
     for block in changed:
-        attention: nn.Module = model.model.layers[block].self_attn
         target = hybrid.model.layers[block].self_attn
         if take:
             target.to_empty(device="cpu")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed * 10_007 + block)
-            target.reset_parameters()
-            initialise(target, attention)
+        if given is not None and block in given:
+            target.load_state_dict(given[block])
+        else:
+            start_mixer(target, model.model.layers[block].self_attn, mixer.init, seed, block)
     hybrid.generation_config = copy.deepcopy(model.generation_config)
     return hybrid.to(model.device).train(model.training)
 

@@ -16,6 +16,8 @@ import torch
 
 from distill.importance import Setup
 
+NEEDS = ("metric",)
+
 
 @contextmanager
 def block_as_identity(model: Any, block: int) -> Iterator[None]:
@@ -66,7 +68,7 @@ def order(rows: Sequence[Mapping[str, float]]) -> list[int]:
     placed: list[int] = []
     while left:
         limit = left[0]["score"] + left[0]["stderr"]
-        tie = [row for row in left if row["score"] <= limit]
+        tie = [row for row in left if row["score"] <= limit] or left[:1]  # NaN is below nothing
         left = left[len(tie) :]
         placed += [int(row["block"]) for row in sorted(tie, key=lambda row: (-row["loglikelihood"], row["block"]))]
     return placed

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from distill.machine import free_memory
 from distill.teacher import load_model
 from eval.backends.attention import Filled, configs_of, in_place_attention
 from eval.backends.caches import InPlaceLayer, cache_bytes, fill, fixed_cache, in_place_cache, move
 from eval.backends.peak import peak_of
-from eval.machine import free_memory, synchronize
+from eval.machine import synchronize
 from eval.roofline import Shape
 
 __all__ = ["Decoder", "GraphDecoder", "InPlaceLayer", "Model", "in_place_cache", "open_model"]

@@ -30,7 +30,7 @@ EM_SPACE = "\u2003"  # a run of plain spaces would collapse in SVG
 
 @styled
 def loo(stage: Stage, width: float = WIDE) -> Figure:
-    """Leave-one-out importance of every block with its standard error (the paper's Figure 1)."""
+    """Leave-one-out importance of every block with its standard error (the paper's Figure 1); bars of any score."""
     scores = stage.records["score"] or {}
     blocks = pd.DataFrame(scores["blocks"]).reindex(columns=["block", "score", "stderr"]).astype(float)
     colours = _chosen_colours(stage)
@@ -48,7 +48,9 @@ def loo(stage: Stage, width: float = WIDE) -> Figure:
         error = f" ± {row['stderr']:.4f}" if row["stderr"] >= 0 else ""
         tell(bar, f"block {row['block']:.0f}: importance {row['score']:.4f}{error}")
     axes.axhline(0, color=MUTED, lw=0.8)
-    axes.set(xlabel="block", ylabel=f"importance ({scores.get('metric', 'acc')} lost)")
+    scorer = str(scores.get("scorer", "loo"))
+    what = f"importance ({scores.get('metric', 'acc')} lost)" if scorer == "loo" else f"score ({scorer})"
+    axes.set(xlabel="block", ylabel=what)
     axes.set_xticks([b for b in blocks["block"].astype(int) if len(blocks) <= 20 or b % 5 == 0])
     axes.tick_params(axis="x", length=0, pad=7)
     size = min(5.5, 36 * width / len(blocks))
@@ -65,8 +67,15 @@ def mmr(stage: Stage, width: float = WIDE) -> Figure:
     """MIL-Mamba-replacement: loss and rank of each block at 0 and at all steps (the paper's Figure 2)."""
     scores = stage.records["score"] or {}
     columns = ["block", "loss_start", "loss_end"]
-    blocks = pd.DataFrame(scores["blocks"]).reindex(columns=columns).astype(float).dropna()
+    told = pd.DataFrame(scores["blocks"]).reindex(columns=[*columns, "steps"]).astype(float)
+    blocks = told[columns].dropna()
+    stepped = told.dropna().astype({"block": int, "steps": int})
+    last = dict(zip(stepped["block"], stepped["steps"], strict=True))
+    dropped = {block for block, steps in last.items() if steps < scores.get("steps", 0)}
     ranks = blocks[columns[1:]].rank(method="first").astype(int)
+    if dropped:
+        further = told.loc[blocks.index].sort_values(["steps", "loss_end"], ascending=[False, True]).index
+        ranks.loc[further, "loss_end"] = range(1, len(further) + 1)
     heights = [on_unit_scale(blocks[column]) for column in columns[1:]]
     colours = _chosen_colours(stage)
     height = 1.1 + 0.18 * max(len(blocks), 8)
@@ -81,10 +90,11 @@ def mmr(stage: Stage, width: float = WIDE) -> Figure:
         block = int(blocks.loc[i, "block"])
         colour, chosen = colours.get(block, MIXERS["attention"]), block in colours
         line: dict[str, Any] = {"color": colour, "lw": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
+        line["ls"] = "--" if block in dropped else "-"
         axes.plot([0, 1], [at[i] for at in heights], clip_on=False, **line)
         for side, (column, at) in enumerate(zip(columns[1:], heights, strict=True)):
             (dot,) = axes.plot(side, at[i], "o", ms=4, clip_on=False, **line)
-            when = f"after {scores.get('steps', 'the last')} steps" if side else "at 0 steps"
+            when = f"after {last.get(block, scores.get('steps', 'the last'))} steps" if side else "at 0 steps"
             tell(dot, f"block {block}: loss {blocks.loc[i, column]:.5g} {when}, rank {ranks.loc[i].iloc[side]}")
     for side, (column, at) in enumerate(zip(columns[1:], heights, strict=True)):
         order, away, decimals = at.sort_values().index, 2 * side - 1, decimals_for(blocks[column])

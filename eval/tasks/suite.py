@@ -14,6 +14,7 @@ def generative(family: str, **_: Any) -> DatasetDict:
     return DatasetDict({"test": Dataset.from_list(suite.generative(family))})
 
 
-def choice(**_: Any) -> DatasetDict:
-    """The held-out multiple-choice questions, as split ``test``."""
-    return DatasetDict({"test": Dataset.from_list(suite.choice())})
+def choice(family: str = "", **_: Any) -> DatasetDict:
+    """The held-out multiple-choice questions (of one family), as split ``test``."""
+    rows = [row for row in suite.choice() if family in ("", row["family"])]
+    return DatasetDict({"test": Dataset.from_list(rows)})

@@ -141,3 +141,18 @@ def test_fsdp_trains_as_one_process_and_goes_on(
     check_best(in_one, run)
     start, end = weights(run, "swap/checkpoint"), weights(run)
     assert end["model.embed_tokens.weight"].equal(start["model.embed_tokens.weight"]), "it was frozen"
+
+
+def test_two_processes_score_as_one(swapped: Path, tmp_path: Path) -> None:
+    """Each takes every other candidate, of LOO and of MMR in lockstep; the records are those of one process."""
+    given, found = str(swapped.with_name("tiny.yaml")), []
+    options = ["score.compare=[mmr trainable=mixer steps=2]", "score.mmr.heldout_tokens=128"]
+    for processes, name in ((1, "one"), (2, "two")):
+        launch = command(processes, tmp_path / name, *options)
+        launch[launch.index("train") : launch.index("train") + 2] = ["score", given, f"run_dir={tmp_path / name}"]
+        done = subprocess.run(launch, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append((tmp_path / name / STAGE / "score/scores.json").read_bytes())
+        assert done.stdout.count("scoring 3 blocks") == (2 if processes == 1 else 0)
+        assert done.stdout.count("scoring 2 blocks") == done.stdout.count("scoring 1 blocks") == 2 * (processes - 1)
+    assert found[0] == found[1]

@@ -149,6 +149,7 @@ def row(block: int, score: float, loglikelihood: float, stderr: float = 0.02) ->
         ([row(0, 0.10, -3), row(1, 0.115, -2), row(2, 0.13, -1), row(3, 0.145, -0.5)], [1, 0, 3, 2]),
         ([row(1, 0.1, -1), row(0, 0.1, -1)], [0, 1]),  # equal in everything: by index
         ([row(0, -0.05, -9), row(1, 0.0, -1)], [0, 1]),  # removing a block may help
+        ([row(0, float("nan"), -1)], [0]),  # no order, and no end either if nobody looked
     ],
 )
 def test_order(rows: list[dict[str, float]], wanted: list[int]) -> None:

@@ -120,7 +120,7 @@ def test_a_candidates_score_does_not_depend_on_the_others(setup: Setup) -> None:
 
 
 def test_trainable_mixer_trains_only_the_new_mixer(setup: Setup, watched: list[dict[str, Any]]) -> None:
-    options = replace(setup.config, mmr=MmrConfig(steps=STEPS, trainable="mixer"))
+    options = replace(setup.config, mmr=MmrConfig(steps=STEPS, trainable="mixer", lockstep=False))
     result = mmr.score(replace(setup, config=options))
     assert result["trainable"] == "mixer"
     for row, candidate in zip(result["blocks"], watched, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import pytest
 
 from distill import lock
 from distill.importance import available, join
+from stages import ledger
 from stages.cli import main
+from stages.jobs import Job
+from stages.status import Row, advice
 
 Capture = pytest.CaptureFixture[str]
 
@@ -51,7 +55,11 @@ def test_candidates_apart_are_candidates_together(
     assert f"{count} of {count} candidates are scored already" in capsys.readouterr().out
     done = folder.with_name("score")
     assert (done / "scores.json").read_bytes() == before
-    assert not folder.exists() and sorted(path.name for path in done.iterdir()) == ["scores.json", "step.json"]
+    assert not folder.exists() and sorted(path.name for path in done.iterdir()) == [
+        "importance.parquet",
+        "scores.json",
+        "step.json",
+    ]
 
 
 def test_what_is_missing_is_scored_as_they_are_joined(unscored: Callable[[int], tuple[Path, bytes]]) -> None:
@@ -124,3 +132,26 @@ def test_every_score_can_be_joined() -> None:
         assert list(joined) == ["scorer", "blocks", "order", "questions"]
         assert [row["block"] for row in joined["blocks"]] == [1, 2, 4]
         assert joined["order"] == [2, 4, 1]
+
+
+def test_a_killed_candidate_is_named_and_scored_alone(
+    unscored: Callable[[int], tuple[Path, bytes]], capsys: Capture
+) -> None:
+    """What a task of a job array leaves that was killed: a lock of a process that is gone, and no record."""
+    run, before = unscored(2)
+    for index in (0, 1):
+        assert score(run, 2, "--candidate", str(index)) == 0
+    folder = next(run.glob("stages/02-*/score.partial/candidates"))
+    (folder / "001.json").unlink()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (folder / "001.lock").write_text(json.dumps({**lock.myself(), "pid": gone.pid, "started": 0.0}))
+    job = Job("02-H1-2/score", "r-02-H1-2-score", (), (0, 1))
+    assert ledger.unscored(run, job) == [1]
+    shown = Row(job, "1 of 2", "7_1", "CANCELLED", log=str(run / "none"))
+    assert f"candidates without a score: 1; one alone: distill score {run} --stage 2 --candidate 1" in advice(
+        run, [shown], asked=True
+    )
+    assert score(run, 2, "--candidate", "1") == 0
+    assert score(run, 2) == 0
+    assert next(run.glob("stages/02-*/score/scores.json")).read_bytes() == before

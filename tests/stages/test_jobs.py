@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from distill.config import RunConfig, SlurmConfig
+from distill.config import MmrConfig, RunConfig, ScoreConfig, SlurmConfig
 from distill.config_merge import dump_config, load_config
 from distill.schedule import Stage, Start
 from stages.cli import main
-from stages.jobs import Job, batch_script, chain, ranges, script
+from stages.jobs import Job, batch_script, chain, ranges, script, whole_scores
 from stages.targets import config_path
 
 RUN = Path("/runs/r")
@@ -295,3 +296,15 @@ def test_a_run_that_was_begun_by_hand_still_gets_its_cluster(
     assert "--partition=batch" in found and "--qos=low" in found and "--account=lab" in found
     assert main(["submit", f"{tmp_path}/run", "--dry-run", "--cluster", f"{tmp_path}/other.yaml"]) == 0
     assert "--qos=best" in capsys.readouterr().out
+
+
+def test_candidates_that_are_scored_together_get_no_array() -> None:
+    assert whole_scores(ScoreConfig()) == set()
+    whole = whole_scores(ScoreConfig(mmr=MmrConfig(halving=True)))
+    assert whole == {"mmr"}
+    jobs = {job.key: job for job in chain("r", RUN, [FIRST, SECOND], whole=whole)}
+    assert jobs["01-H1-25/score"].tasks == tuple(range(50)) and jobs["02-H1-27/score"].tasks == ()
+    lines = batch_script(SlurmConfig(), jobs["02-H1-27/score"], RUN / "jobs").split("\n")
+    assert lines[-1].endswith("score /runs/r --stage 2") and not any("--array" in line for line in lines)
+    listed = dataclasses.replace(SECOND, listed=3)
+    assert chain("r", RUN, [listed])[0].tasks == (0, 1, 2)

@@ -89,6 +89,19 @@ def test_a_finished_folder_is_left_as_it_is(
     assert "nothing is trained" in out and "50.0% +- 10.0   by columns 1-2: 50" in out
 
 
+@pytest.mark.parametrize("family", ["qwen3", "granite"])
+def test_a_teacher_of_any_family_that_can_be_converted(
+    family: str, command: list[str], measured: list[Any], tmp_path: Path
+) -> None:
+    shape = (
+        "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 32"
+    )
+    assert main([*command, f"model={{model_type: {family}, {shape}}}", "train.steps=1"]) == 0
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert config["model_type"] == family and config["vocab_size"] == 64 and config["eos_token_id"] == 4
+    assert main(["plan", "demo", f"teacher={tmp_path / 'teacher'}", "schedule=[1]", "plan.device_tflops=1"]) == 0
+
+
 def test_only_removed_scores_are_measured_again(
     trained: Path, command: list[str], measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,9 @@
 """How figures are drawn: labels that stand free, colours, what an artist says on hover."""
 
+import json
 import math
+import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,10 @@ from eval.figures.pareto import pareto
 from eval.figures.speed import memory, throughput
 from eval.frames import importance_frame, stage_frame, task_frame
 from eval.pareto import on_frontier
-from eval.plots import plots_of
+from eval.plots import importance_plot, plots_of
 from eval.runs import read_run
 from eval.speeds import memory_frame, throughput_frame
+from eval.words import MINUS
 
 
 def told(figure: Figure) -> list[str]:
@@ -157,6 +161,18 @@ def test_ranks_of_a_run(full: Path) -> None:
     assert len(told(ranks(importance_frame(read_run(full)), drawing.NARROW))) == 10 + 5
 
 
+@pytest.mark.parametrize("scorer", ["aligned", "greedy", "kl_restore", "one_to_come"])
+def test_every_score_has_a_figure(full: Path, scorer: str) -> None:
+    stage = read_run(full).stages[0]
+    rows = [{"block": block, "score": 0.1 * block} for block in range(10)]
+    scores = {"scorer": scorer, "steps": 7, "blocks": rows, "order": list(range(10))}
+    plot = importance_plot(replace(stage, records={**stage.records, "score": scores}))
+    assert plot.draw is not None and ("7 steps" in plot.caption) == (scorer != "one_to_come")
+    figure = plot.draw(drawing.NARROW)
+    assert figure.axes[0].get_ylabel() == f"score ({scorer})"
+    assert "block 3: importance 0.3000" in told(figure)
+
+
 def test_throughput_says_speed_step_and_roofline(served: Path) -> None:
     texts = told(throughput(throughput_frame(read_run(served))))
     (text,) = [text for text in texts if text.startswith("H1-7/10, batch 32, context 2,048: ")]
@@ -180,3 +196,23 @@ def test_what_is_told_stands_in_the_svg_escaped(text: str) -> None:
     (told,) = [group for group in drawn.iter(f"{name}g") if group.get("class") == "value"]
     assert told.findtext(f"{name}title") == text
     assert not list(drawn.iter(f"{name}script"))
+
+
+def test_candidates_that_halving_dropped_and_other_scores_are_told(full: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(full, tmp_path / "run")
+    file = run / "stages/02-H1-7/score/scores.json"
+    scores = json.loads(file.read_text())
+    for place, row in enumerate(scores["blocks"]):
+        row |= {"steps": scores["steps"] // (4 if place else 1), "loss_25": row["loss_end"]}
+    scores["halving"] = {"rungs": [25, 50, 100], "steps_run": 1, "steps_full": 2, "saved": 0.5}
+    scores["compared"] = [{"scorer": "loo", "spearman": -0.4, "same_choice": 1, "order": [], "blocks": []}]
+    file.write_text(json.dumps(scores))
+    (stage,) = [stage for stage in read_run(run).stages if stage.index == 2]
+    plot = importance_plot(stage)
+    assert "it saved 50% of the steps" in plot.caption
+    assert f"Rank correlation of other scores with this one: loo {MINUS}0.40." in plot.caption
+    assert plot.draw is not None
+    figure = plot.draw(drawing.WIDE)
+    dashed = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert len(dashed) >= len(scores["blocks"]) - 1
+    assert sum(f"after {scores['steps'] // 4} steps" in text for text in told(figure)) == len(scores["blocks"]) - 1

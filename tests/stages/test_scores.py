@@ -1,0 +1,52 @@
+"""Scores by their names in a run: what each reads is made ready, and the blocks that it orders first are placed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config_merge import load_config
+from stages.cli import main
+from stages.context import RunConfig, score_inputs
+from stages.score import needs
+
+CASES: dict[str, list[str]] = {
+    "uniform": [],
+    "given": ["score.given=[1,2]"],
+    "recall_drop": ["score.recall_drop.questions=6"],
+    "combine": ["score.combine=[last,aligned,loo]", "score.aligned={steps: 1, heldout_tokens: 128}"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stage_is_placed_by_the_score_that_the_config_names(
+    name: str, build: Callable[[list[str]], list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "scored"
+    for verb in ("score", "place"):
+        assert main(build([verb, "{tiny}/tiny.yaml", f"run_dir={run}", f"score.first={name}", *CASES[name]])) == 0
+    stage = run / "stages" / "01-H1-1"
+    record: dict[str, Any] = json.loads((stage / "score" / "scores.json").read_text())
+    placed = json.loads((stage / "place" / "placement.json").read_text())
+    assert record["scorer"] == name and sorted(record["order"]) == [0, 1, 2] and placed["added"] == record["order"][:1]
+    assert main(build(["score", "{tiny}/tiny.yaml", f"run_dir={run}", "score.first=last"])) == 2, "another score"
+    if name == "combine":
+        assert set(record["parts"]) == {"last", "aligned", "loo"} and {"rank_last", "rank_loo"} <= set(
+            record["blocks"][0]
+        )
+
+
+def test_what_a_score_does_not_read_is_no_input_of_it(tmp_path: Path, tiny: Path) -> None:
+    """So that a run need not be scored again for a key of another score."""
+    config = load_config(RunConfig, tiny / "tiny.yaml", ["score.combine=[loo,first]"])
+    before = {name: score_inputs(config.score, name) for name in ("loo", "mmr", "uniform", "combine")}
+    config.score.mmr.steps, config.score.given = 7, [1]
+    after = {name: score_inputs(config.score, name) for name in before}
+    assert [name for name in before if before[name] != after[name]] == ["mmr"]
+    config.score.loo.questions = 5
+    assert score_inputs(config.score, "combine") != after["combine"]
+    assert "rows" not in needs(config.score, "combine")
