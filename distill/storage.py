@@ -76,19 +76,13 @@ def new_folder(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-@contextmanager
-def fresh_folder(target: Path, room: int = 0) -> Iterator[Path]:
-    """A folder of the user's own naming, whole or not at all: yields ``.NAME.*.partial``, which then takes its name.
-
-    On any error what is half written is removed; nothing else is touched (a killed process leaves its own half).
-    ``room`` is how many bytes it will take. Raises UserError, before anything is written, where ``target`` exists or
-    cannot be written, DiskFull where there is no room.
-    """
+def check_fresh(target: Path, room: int = 0) -> None:
+    """Raise UserError where ``target`` exists or could not be written, DiskFull where ``room`` bytes do not fit."""
     if "\0" in str(target):
         raise UserError(f"cannot write {str(target)!r}: a name has no NUL")
     try:
         if os.path.lexists(target):
-            raise UserError(f"{target} exists already: give another folder, or remove it")
+            raise UserError(f"{target} exists already: give another name, or remove it")
         place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.is_dir())
     except OSError as error:  # a name too long
         raise UserError(f"cannot write {str(target)!r:.200}: {error}") from error
@@ -97,6 +91,40 @@ def fresh_folder(target: Path, room: int = 0) -> Iterator[Path]:
             f"cannot write {target}: it takes {room / 2**20:,.1f} MiB, and {place} has {free / 2**20:,.1f} MiB free\n"
             "make room there, or give a folder on a larger disk"
         )
+
+
+@contextmanager
+def fresh_file(target: Path, room: int = 0) -> Iterator[Path]:
+    """As ``fresh_folder`` for a file: yields ``.NAME.*.partial`` beside ``target``, which then takes its name."""
+    check_fresh(target, room)
+    partial: Path | None = None
+    try:
+        with full_disk_named(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent)
+            os.close(handle)
+            partial = Path(name)
+            partial.chmod(0o666 & ~_umask())
+            yield partial
+            sync(partial)
+        os.replace(partial, target)
+        sync(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {str(target)!r:.200}: {error}") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def fresh_folder(target: Path, room: int = 0) -> Iterator[Path]:
+    """A folder of the user's own naming, whole or not at all: yields ``.NAME.*.partial``, which then takes its name.
+
+    On any error what is half written is removed; nothing else is touched (a killed process leaves its own half).
+    ``room`` is how many bytes it will take. Raises UserError, before anything is written, where ``target`` exists or
+    cannot be written, DiskFull where there is no room.
+    """
+    check_fresh(target, room)
     partial: Path | None = None
     try:
         with full_disk_named(target.parent):

@@ -113,9 +113,10 @@ def package_options(parser: argparse.ArgumentParser) -> None:
 def export_options(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``distill export``."""
     parser.add_argument("target", nargs="?", metavar="CHECKPOINT|RUN", help="a folder with config.json, or a run's")
-    parser.add_argument("--to", metavar="FORM", help="hf-native")
+    parser.add_argument("--to", metavar="FORM", help="hf-native or gguf")
     parser.add_argument("--stage", help="of a RUN: H1-5, H1-5-SFT, or its number; by default the last distilled")
-    parser.add_argument("--output", help="the folder to write; it must not exist")
+    parser.add_argument("--output", help="the folder, or the file *.gguf, to write; it must not exist")
+    parser.add_argument("--dtype", help="of a gguf: f32, f16 or bf16; by default as the checkpoint's weights lie")
     parser.add_argument("--table", action="store_true", help="show what can be exported to what, and why not")
 
 

@@ -23,7 +23,8 @@ __all__ = ["available", "obstacles", "support_table", "target"]
 
 def available() -> list[str]:
     """Names of the forms, as ``--to`` takes them."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("granite"))
+    helpers = ("granite", "gguf_")
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith(helpers))
 
 
 def target(name: str) -> Any:

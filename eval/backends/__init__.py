@@ -9,7 +9,7 @@ import torch
 
 from distill.errors import choose
 
-NAMES = ("hf", "vllm")
+NAMES = ("hf", "llama.cpp", "vllm")
 
 
 class Engine(Protocol):
@@ -53,4 +53,4 @@ def backend(name: str) -> Any:
     ``models`` how many will be open together, ``length`` of the longest sequence (0: as the model says), and
     ``check_installed()``, which raises UserError where it cannot run here.
     """
-    return importlib.import_module(f"{__name__}.{choose('backend', name, NAMES)}")
+    return importlib.import_module(f"{__name__}.{choose('backend', name, NAMES).replace('.', '_')}")
