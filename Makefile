@@ -6,8 +6,9 @@ STAMP := $(VENV)/installed
 PEERS := $(VENV)/peers
 LIGER := $(VENV)/liger
 DEEPSPEED := $(VENV)/deepspeed
+GGUF := $(VENV)/gguf
 
-.PHONY: demo test test-slow test-faults test-transformers test-deepspeed test-slurm smoke bench-mixers bench-distill lint teacher teacher-scores clean
+.PHONY: demo test test-slow test-faults test-transformers test-deepspeed test-gguf test-slurm smoke bench-mixers bench-distill lint teacher teacher-scores clean
 demo: $(STAMP)  ## the main job end to end, on the embedded teacher
 	$(BIN)/distill run demo
 
@@ -43,6 +44,9 @@ $(UPSTREAM)/ready: $(STAMP)
 
 test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on this CPU (installs it beside the rest)
 	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed
+
+test-gguf: $(GGUF)/installed  ## hybrids in llama.cpp: logits, text, tokenizers (compiles it the first time)
+	OMP_NUM_THREADS=1 $(GGUF)/bin/python -m pytest -m gguf tests/export tests/eval/test_llama_cpp.py
 
 test-slurm: $(STAMP)  ## a run through a real Slurm on this machine's loopback, set up and stopped again (root, Debian)
 	$(BIN)/python -m pytest -m slurm tests/slurm
@@ -83,6 +87,21 @@ $(DEEPSPEED)/installed: $(STAMP)
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 		> $$($(DEEPSPEED)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
 	$(DEEPSPEED)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	touch $@
+
+# llama.cpp has no wheel on PyPI. GGML_NATIVE=OFF: on CPUs with AMX its kernels for quantised models crash. So what the
+# CPU has is asked for by name; tools, examples and the library that only they use are left out.
+CPU_FLAGS = $(shell for flag in avx avx2 fma f16c bmi2; do \
+	if grep -qw $$flag /proc/cpuinfo 2> /dev/null; then echo "-DGGML_$$flag=ON" | tr a-z A-Z; fi; done)
+LLAMA_CPP := -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DGGML_CCACHE=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/$(GGUF)/lean.cmake
+$(GGUF)/installed: $(STAMP)
+	command -v c++ > /dev/null || (apt-get update --quiet && apt-get install --quiet --yes g++)
+	$(BIN)/python -m venv $(GGUF)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$($(GGUF)/bin/python -c "import site; print(site.getsitepackages()[0])")/below.pth
+	echo 'set(LLAMA_BUILD_COMMON OFF)' > $(GGUF)/lean.cmake
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="$(LLAMA_CPP) $(CPU_FLAGS)" $(GGUF)/bin/python -m pip install \
+		--quiet --constraint constraints.txt --editable ".[gguf]"
 	touch $@
 
 $(PEERS): $(STAMP)  ## sources to measure against, beside the environment and not in it: nothing is compiled

@@ -24,6 +24,7 @@ PARTIAL = "partial"
 """Folder in which ``new_folder`` builds, beside what it builds."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, a quota that is used up, and a file-size limit (ulimit -f, or the file system's)."""
+SHORT = r"inline_container|iostream error|^\d+ requested and \d+ written$"
 _verified: dict[tuple[int, int, int, int], str] = {}
 
 
@@ -203,14 +204,14 @@ def _read(path: Path) -> str:
 def no_room(error: BaseException | None) -> tuple[str, Path | None] | None:
     """What ran out where ``error`` comes of a full disk, and the file if it is known; None for any other error.
 
-    An OSError has a number; safetensors gives it in its text; torch.save gives none, but its writer fails (in
-    ``inline_container``, or as it closes the stream) for no other reason than that a write came up short.
+    An OSError has a number; safetensors gives it in its text; torch.save and numpy give none, but their writers fail
+    (in ``inline_container`` or as it closes the stream; with counts) only where a write came up short.
     """
     while error is not None:
         number = getattr(error, "errno", None)
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             number = int(found[1])
-        elif isinstance(error, RuntimeError) and re.search("inline_container|iostream error", str(error)):
+        elif isinstance(error, RuntimeError | OSError) and re.search(SHORT, str(error)):
             number = errno.ENOSPC
         if number in NO_ROOM:
             name = getattr(error, "filename2", None) or getattr(error, "filename", None)

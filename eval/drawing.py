@@ -122,12 +122,12 @@ def tell(artist: Artist, text: str) -> None:
 
 
 def stage_of(model: str) -> str:
-    """The stage behind a name: ``H1-5/10`` of ``H1-5/10-SFT``, and of itself."""
-    return re.sub(r"-[A-Z]+$", "", model)
+    """The stage behind a name: ``H1-5/10`` of ``H1-5/10-SFT`` and of ``H1-5/10-Q8_0``, and of itself."""
+    return re.sub(r"-[A-Z][A-Z0-9_]*$", "", model)
 
 
 def marker(model: str) -> str:
-    """A diamond for the teacher, a circle for a stage, a square for one that was trained further."""
+    """A diamond for the teacher, a circle for a stage, a square for what was made of one (trained further, a GGUF)."""
     return "D" if model == "teacher" else "o" if stage_of(model) == model else "s"
 
 

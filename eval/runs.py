@@ -64,6 +64,8 @@ class Run:
     """Stages trained further, in the order of their stages; each has its stage's index."""
     step: Record = field(default_factory=dict)
     """``step.json`` of the teacher's measure."""
+    stored: tuple[Stage, ...] = ()
+    """GGUF files of stages, measured through llama.cpp, in the order of their stages; each has its stage's index."""
 
     @property
     def name(self) -> str:
@@ -72,8 +74,8 @@ class Run:
 
     @property
     def models(self) -> list[Stage]:
-        """Every stage, each followed by what was made of it by further training."""
-        return sorted([*self.stages, *self.tuned], key=lambda stage: stage.index)
+        """Every stage, each followed by what was made of it by further training, and by its GGUF files."""
+        return sorted([*self.stages, *self.tuned, *self.stored], key=lambda stage: stage.index)
 
 
 def read_run(path: Path) -> Run:
@@ -98,7 +100,7 @@ def read_run(path: Path) -> Run:
         if folder.is_dir() and folder.name.split("-")[0].isdigit()
     }  # where the schedule was changed, the folder that it names now wins
     suffix = f"/{teacher['num_blocks']}" if teacher and teacher.get("num_blocks") else ""
-    stages, tuned = [], []
+    stages, tuned, stored = [], [], []
     for index in sorted(folders.keys() | planned.keys()):
         folder = folders.get(index)
         records = {step: _read_record(folder / file, step) if folder else None for step, file in STEPS.items()}
@@ -107,7 +109,8 @@ def read_run(path: Path) -> Run:
         log = _read_log(folder) if folder else ()
         stages.append(Stage(index, str(named or stem + suffix), records, log, steps=_read_steps(folder)))
         tuned += _read_tuned(path / "posttrain", folder.name, stages[-1]) if folder else []
-    return Run(path, config, teacher, tuple(stages), tuple(tuned), _read_step(path / "teacher"))
+        stored += _read_stored(path / "gguf", folder.name, stages[-1]) if folder else []
+    return Run(path, config, teacher, tuple(stages), tuple(tuned), _read_step(path / "teacher"), tuple(stored))
 
 
 def _read_tuned(parent: Path, folder: str, stage: Stage) -> list[Stage]:
@@ -119,6 +122,18 @@ def _read_tuned(parent: Path, folder: str, stage: Stage) -> list[Stage]:
             records = {step: _read_record(path / file, step) for step, file in TUNING_STEPS.items()}
             name = (records["measure"] or {}).get("name") or tuned_name(stage.name, tuning)
             found.append(Stage(stage.index, str(name), records, _read_log(path), tuning, _read_steps(path)))
+    return found
+
+
+def _read_stored(parent: Path, folder: str, stage: Stage) -> list[Stage]:
+    """The GGUF files of the stage in ``folder`` that were measured: `parent`/01-H1-5-Q8_0 and the like."""
+    found = []
+    for path in sorted(parent.glob(f"{folder}-*")):
+        record = _read_record(path / "measure/measure.json", "measure")
+        if record:
+            kind = path.name.removeprefix(f"{folder}-")
+            records = {"train": stage.records["train"], "measure": record}
+            found.append(Stage(stage.index, str(record.get("name")), records, (), kind, _read_steps(path)))
     return found
 
 

@@ -4,9 +4,9 @@
     distill bench embedded runs/demo/stages/01-H1-5/train/checkpoint --batches 1,32 --output-tokens 4096 --output b.json
     distill bench --shape configs/apriel_h1_15b.yaml --h 0,25,30,40 --device h100
 
-CHECKPOINT (a folder with config.json, a stage's folder, a hub name, or embedded) or RUN (its teacher and its
-distilled stages), one or more; the first is what the others are compared with. They are measured in one process and
-take turns.
+CHECKPOINT (a folder with config.json, a stage's folder, a hub name, embedded, or a GGUF file, which llama.cpp runs) or
+RUN (its teacher and its distilled stages), one or more; the first is what the others are compared with. They are
+measured in one process and take turns.
 
 Step times over batch and context; 1 token in, N out; prefill; memory by length of a sequence. Two protocols: equal
 batch, and each model at its largest batch within the same memory. Beside each speed stands, in brackets, which part
@@ -40,6 +40,7 @@ from eval.backends import NAMES, backend
 from eval.machine import THIS, free_memory, named
 from eval.roofline import shapes_of
 from eval.runs import read_run
+from stages import gguf_files
 from stages.checkpoints import checkpoint, names
 from stages.common import say, set_threads
 from stages.package import place
@@ -158,7 +159,10 @@ def sources_of(targets: Sequence[str]) -> dict[str, tuple[str, str]]:
             number = sum(each.split(" (")[0] == name for each in found)
             found[f"{name} ({number + 1})" if number else name] = source, kernels
     for source, _ in found.values():  # before any weight is read
-        load_config(resolve(source), convertible=False)
+        if gguf_files.is_gguf(source):
+            gguf_files.config_of(source)
+        else:
+            load_config(resolve(source), convertible=False)
     return found
 
 
@@ -171,7 +175,8 @@ def of_checkpoints(args: argparse.Namespace, options: ThroughputConfig, dtype: s
     longest = max(*options.contexts, options.output_tokens)
     for name, (source, kernels) in sources.items():
         say(f"loading {name}")
-        engines[name] = module.open_model(source, name, dtype, models=len(sources), length=longest)
+        opened_by = backend("llama.cpp") if gguf_files.is_gguf(source) else module
+        engines[name] = opened_by.open_model(source, name, dtype, models=len(sources), length=longest)
         if hasattr(engines[name], "model"):
             set_kernels(engines[name].model, kernels)
     return {"backend": args.backend, **measured(engines, options)}

@@ -29,8 +29,9 @@ from eval import accuracy
 from eval.scores import COUNTS
 from eval.suites import task_manager
 from eval.wellformed import problem
+from stages import gguf_files
 from stages.common import say, set_threads
-from stages.identity import identity, tokenizers_differ
+from stages.identity import content, identity, tokenizers_differ
 from stages.targets import default_config, read_config, shipped_configs
 
 INNER = ("checkpoint", "train", "merge", "steps")
@@ -51,7 +52,7 @@ def main(targets: Sequence[str], args: argparse.Namespace) -> int:
     records = earlier(output, wanted, force=args.force) if output else {}
     first, *others = models
     for name in others:
-        if which := tokenizers_differ(models[name], models[first]):
+        if which := tokenizers_differ(models[name], models[first], tokenizer_of):
             say(f"note: the tokenizer of {name} is not that of {first}: {which}; a hybrid has its teacher's")
     for name, model in models.items():
         if records.get(name, {}).get("fingerprint") == fingerprint(wanted[name]):
@@ -67,9 +68,12 @@ def main(targets: Sequence[str], args: argparse.Namespace) -> int:
 
 
 def checkpoint(target: str) -> str:
-    """The model that CHECKPOINT names: ``embedded``, a hub name, or the folder with config.json (also a stage's)."""
+    """The model that CHECKPOINT names: ``embedded``, a hub name, the folder with config.json (also a stage's), or a
+    GGUF file."""
     if target == EMBEDDED:
         return target
+    if gguf_files.is_gguf(target):
+        return gguf_files.found(target)
     if Path(target).expanduser().is_dir():
         return str(checkpoint_folder(target))
     if HUB_NAME.fullmatch(target) and not Path(target).expanduser().parent.is_dir():
@@ -78,6 +82,11 @@ def checkpoint(target: str) -> str:
         f"no checkpoint '{target}'{nearest(target, [EMBEDDED, *shipped_configs()])}: give a folder with config.json, "
         f"a stage's folder, a hub name (owner/name) or {EMBEDDED}; or a CONFIG or RUN"
     )
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of what ``checkpoint`` found."""
+    return gguf_files.tokenizer_of(model) if gguf_files.is_gguf(model) else load_tokenizer(model)
 
 
 def names(targets: Sequence[str]) -> list[str]:
@@ -91,16 +100,21 @@ def names(targets: Sequence[str]) -> list[str]:
 
 def inputs(model: str, config: RunConfig) -> dict[str, Any]:
     """What decides a model's figures, everything about it checked before any is scored."""
-    trust_code(model, config.trust_remote_code)
-    shape = load_config(model, convertible=False)
-    check_files(model)
     measure = config.measure
     tasks = [*measure.generative, *measure.multiple_choice]
     embedded = any(task.startswith("embedded_") for task in tasks if task in task_manager([]).all_tasks)
-    check_tokenizer(model, shape.vocab_size, chats=embedded)
     options = {key: value for key, value in asdict(measure).items() if key not in UNREAD}
+    if gguf_files.is_gguf(model):
+        gguf_files.config_of(model)
+        which = content(Path(model))
+    else:
+        trust_code(model, config.trust_remote_code)
+        shape = load_config(model, convertible=False)
+        check_files(model)
+        check_tokenizer(model, shape.vocab_size, chats=embedded)
+        which = identity(model, shape)
     return {
-        "model": identity(model, shape),
+        "model": which,
         "measure": options,
         "seed": config.seed,
         "dtype": config.dtype,
@@ -141,12 +155,17 @@ def score(name: str, checkpoint: str, config: RunConfig, made_with: dict[str, An
     """Score one model on all tasks; returns its record."""
     say(f"{name}: measuring accuracy")
     set_seed(config.seed)
-    model = load_model(checkpoint, config.dtype, convertible=False)
+    stored = gguf_files.is_gguf(checkpoint)
+    model: Any = (
+        gguf_files.language_model(checkpoint, config.dtype)
+        if stored
+        else load_model(checkpoint, config.dtype, convertible=False)
+    )
     mixers = list(getattr(model.config, "mixers", None) or [])
-    if mixers:
+    if mixers and not stored:
         set_kernels(model, config.kernels)
     scores = accuracy.evaluate(
-        model, load_tokenizer(checkpoint), config.measure, seed=config.seed, name=f"{name} ({checkpoint})", report=say
+        model, tokenizer_of(checkpoint), config.measure, seed=config.seed, name=f"{name} ({checkpoint})", report=say
     )
     for line in scores.lines():
         say(line)

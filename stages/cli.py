@@ -96,6 +96,7 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
         "target", nargs="+", metavar="CONFIG|RUN|CHECKPOINT...", help="what to measure (see above), and key=value"
     )
     parser.add_argument("--stage", help="of a RUN: H1-5, or its number; by default the first not done")
+    parser.add_argument("--gguf", metavar="FILE", help="of a RUN: a GGUF file of --stage, measured beside it")
     parser.add_argument("--config", metavar="CONFIG|RUN", help="of CHECKPOINTs: whose tasks (default: embedded)")
     parser.add_argument("--output", metavar="FILE", help="of CHECKPOINTs: where the records go, as JSON")
     parser.add_argument("--force", action="store_true", help="redo what was made with other inputs, and what follows")
@@ -151,7 +152,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--mixers", default="", metavar="M,M", help="of --shape: their mixers (default: mamba1,mamba2)")
     add("--device", default="", help="of --shape: predict for this one (h100, a100, ...; this: as measured here)")
-    add("--backend", default="hf", help="hf (our decode loop) or vllm (default: %(default)s)")
+    add("--backend", default="hf", help="hf (our decode loop) or vllm (default: %(default)s); GGUF files: llama.cpp")
     add("--batches", default="1,32", metavar="B,B", help="sequences at a time (default: %(default)s)")
     add("--contexts", default="256,1024,4096", metavar="T,T", help="tokens in the cache (default: %(default)s)")
     add("--output-tokens", type=int, default=16384, metavar="N", help="N of 1 in, N out (default: %(default)s)")

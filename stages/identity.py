@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def check_same_tokenizer(name: str, teacher: str) -> None:
         )
 
 
-def tokenizers_differ(one: str, other: str) -> str:
+def tokenizers_differ(one: str, other: str, load: Callable[[str], Any] = load_tokenizer) -> str:
     """In what the tokenizers of two models differ, in words; empty where they read texts alike."""
-    ours, theirs = load_tokenizer(one), load_tokenizer(other)
+    ours, theirs = load(one), load(other)
     mine, others = ours.get_vocab(), theirs.get_vocab()
     apart = [token for token in {*mine, *others} if mine.get(token) != others.get(token)]
     if apart:

@@ -2,6 +2,7 @@
 
     distill measure demo          (or: distill measure runs/demo --stage H1-5)
     distill measure embedded runs/demo/stages/01-H1-5 measure.limit=20 --output accuracy.json
+    distill measure runs/demo_mamba2 --stage H1-5 --gguf hybrid.gguf
 
 CONFIG or RUN: one stage of a run, accuracy through lm-eval (generative and multiple choice), throughput as batch * N /
 sum of step times. Writes ``measure/measure.json``, and the teacher's once. Interrupted, it goes on with the next task.
@@ -9,13 +10,15 @@ sum of step times. Writes ``measure/measure.json``, and the teacher's once. Inte
 CHECKPOINT...: one or several models, each a folder with config.json, a stage's folder, a hub name or ``embedded``,
 scored with the tasks of ``--config`` (or the defaults) and what key=value sets, as in
 measure.generative=[gsm8k,math500]. Prints a table and writes the records to ``--output``. Accuracy alone: 'distill
-bench' measures speed.
+bench' measures speed. A GGUF file that 'distill export' wrote is a CHECKPOINT, too; with --gguf it is measured in its
+RUN, through llama.cpp and beside the teacher, and stands in the report as H1-h/L-Q8_0 or whatever its type is.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,9 @@ from distill.records import read_json, read_record, write_json
 from distill.schedule import Stage
 from distill.teacher import load_model, load_tokenizer
 from eval import accuracy, serving, throughput
-from stages import checkpoints
-from stages.common import begin, say, stage_main
+from eval.report import table, write_report
+from stages import checkpoints, gguf_files
+from stages.common import begin, find_stage, open_run, say, stage_main
 from stages.context import Context, need
 from stages.identity import check_same_tokenizer
 from stages.lineage import lineage_tokens
@@ -44,6 +48,10 @@ def main(args: argparse.Namespace) -> int:
     if not given:
         raise UserError("name what to measure: a CONFIG or RUN, or one or several CHECKPOINTs")
     if not runs:
+        if args.gguf:
+            raise UserError(
+                f"--gguf goes with the RUN that {args.gguf} came from; alone it is a CHECKPOINT: name it so"
+            )
         return checkpoints.main(given, args)
     if len(given) > 1:
         raise UserError(f"'{runs[0]}' is a CONFIG or RUN, of which one is measured at a time; several are CHECKPOINTs")
@@ -51,6 +59,8 @@ def main(args: argparse.Namespace) -> int:
         option = "--config" if args.config else "--output"
         raise UserError(f"{option} goes with CHECKPOINTs; '{runs[0]}' is a CONFIG or RUN, which has its own")
     args.target = runs[0]
+    if args.gguf:
+        return run_file(args)
     return stage_main(args, "measure", run_stage)
 
 
@@ -84,11 +94,38 @@ def measure_teacher(context: Context, folder: Path) -> None:
 
 def measure(context: Context, stage: Stage, folder: Path) -> None:
     begin(context, stage, 4)
-    spent = {
+    measure_hybrid(context, stage, stage.name, context.checkpoint(stage), spent_on(context, stage), folder)
+
+
+def run_file(args: argparse.Namespace) -> int:
+    """Measure a GGUF file in the run of the stage that it came from."""
+    if args.stage is None:
+        raise UserError(f"--gguf {args.gguf} needs --stage: of which stage of the run, such as H1-5?")
+    target = gguf_files.found(args.gguf)
+    context = open_run(args.target, args.overrides)
+    stage = find_stage(context, args.stage, "measure")
+    assert stage is not None
+    need(context.checkpoint(stage), "train")
+    step = gguf_files.file_step(context, stage, target)
+    if args.force and step.done:
+        shutil.rmtree(step.folder)
+    run_teacher(context)
+    spent = spent_on(context, stage)
+    work = lambda folder: gguf_files.measured_beside(context, stage, target, spent, folder, figures)  # noqa: E731
+    if not step.perform(work, resumable=True, scratch=(DONE,)):
+        say(f"{step.name} is done already")
+    page = write_report(context.run_dir)
+    say("\n" + table(context.run_dir))
+    say(f"\nreport: {page}")
+    return 0
+
+
+def spent_on(context: Context, stage: Stage) -> dict[str, Any]:
+    """What a stage's model cost."""
+    return {
         "tokens": lineage_tokens(context.config, context.stages, stage),
         "minutes": read_record(context.folder(stage, "train") / "train.json", minutes=float)["minutes"],
     }
-    measure_hybrid(context, stage, stage.name, context.checkpoint(stage), spent, folder)
 
 
 def measure_hybrid(
@@ -105,11 +142,14 @@ def measure_hybrid(
     write_json(folder / "measure.json", {**record, **found})
 
 
-def figures(context: Context, models: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:
+def figures(
+    context: Context, models: dict[str, Any], checkpoint: str, folder: Path, asked: Any = None
+) -> dict[str, Any]:
     """Accuracy of the last of ``models``, which came from ``checkpoint``, and throughput of all of them in turns. What
-    is scored is kept in ``folder`` task by task."""
+    is scored is kept in ``folder`` task by task. ``asked`` answers where the last of ``models`` is an engine."""
     options = context.config.measure
     name, model = list(models.items())[-1]
+    model = asked or model
     done = folder / DONE
     done.mkdir(exist_ok=True)
     scores = accuracy.evaluate(

@@ -131,6 +131,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.slurm",
         "stages.targets",
         "stages.checkpoints",
+        "stages.gguf_files",
     ),  # F10: shared, verbs, submit
     tuple(f"stages.{verb}" for verb in STAGES.split()),
     ("stages.submit", "stages.export", "stages.import_native"),

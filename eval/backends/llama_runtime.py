@@ -107,12 +107,14 @@ class File:
         return list(ids[:count])
 
     def detokenize(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """llama.cpp's own text of tokens."""
-        given = (ctypes.c_int32 * len(ids))(*ids)
-        size = -self.lib.llama_detokenize(self.vocabulary, given, len(ids), None, 0, False, special)
-        buffer = ctypes.create_string_buffer(max(size, 1))
-        self.lib.llama_detokenize(self.vocabulary, given, len(ids), buffer, size, False, special)
-        return buffer.raw[:size].decode(errors="replace")
+        """llama.cpp's own text of tokens, as its programs print it piece by piece."""
+        found = bytearray()
+        for token in ids:
+            size = -self.lib.llama_token_to_piece(self.vocabulary, token, None, 0, 0, special)
+            buffer = ctypes.create_string_buffer(max(size, 1))
+            self.lib.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, special)
+            found += buffer.raw[:size]
+        return found.decode(errors="replace")
 
 
 class Context:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,69 +21,12 @@ from distill.hybrid.surgery import hybridize
 from stages import export as verb
 from stages.cli import main
 
+SaveHybrid = Callable[..., Any]
 FITTING = ("llama", "mistral", "qwen2", "granite")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 50_000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-
-def teacher_of(family: str, rng: random.Random) -> Any:
-    """A random model of a family: any number of heads, groups and blocks that the container can hold."""
-    width, kv, served, spare = rng.choice([8, 16]), rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([0, 0, 1])
-    hidden = kv * (served + spare) * width
-    keys: dict[str, Any] = {
-        "hidden_size": hidden,
-        "num_attention_heads": kv * served,
-        "num_key_value_heads": kv,
-        "intermediate_size": rng.choice([24, 40]),
-        "num_hidden_layers": rng.choice([2, 3]),
-        "vocab_size": 64,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": rng.random() < 0.5,
-        "rope_parameters": rng.choice([LLAMA3, {"rope_type": "default", "rope_theta": 7_000.0}]),
-        "pad_token_id": None,
-    }
-    if spare or rng.random() < 0.5:
-        keys["head_dim"] = width
-    if family in ("llama", "granite"):
-        keys["attention_bias"] = rng.random() < 0.3
-    if family == "granite":
-        keys |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0}
-        keys["attention_multiplier"] = 0.3
-    if family == "mistral":
-        keys["sliding_window"] = None
-    config = AutoConfig.for_model(family, **keys)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases that are not all ones and zeros
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    return model
-
-
-def saved_hybrid(seed: int, folder: Path, family: str | None = None) -> Any:
-    """A random hybrid of a random teacher, in float32, in ``folder``."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    teacher = teacher_of(family or rng.choice(FITTING), rng)
-    blocks = teacher.config.num_hidden_layers
-    mixers = ["mamba2" if rng.random() < 0.6 else "attention" for _ in range(blocks)]
-    mixers[0], mixers[-1] = ("mamba2", "attention") if rng.random() < 0.9 else ("attention", "attention")
-    hybrid = hybridize(teacher, mixers, MixerConfig(name="mamba2", d_conv=rng.choice([2, 4])), seed=seed).eval()
-    with torch.no_grad():
-        for name, parameter in hybrid.named_parameters():
-            if name.endswith(("A_log", "dt_bias", ".D", "norm.weight")):
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-    hybrid.save_pretrained(folder)
-    return hybrid
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_a_mamba2_hybrid_goes_out_exactly_and_comes_back(seed: int, tmp_path: Path) -> None:
+def test_a_mamba2_hybrid_goes_out_exactly_and_comes_back(seed: int, saved_hybrid: SaveHybrid, tmp_path: Path) -> None:
     hybrid = saved_hybrid(seed, tmp_path / "hybrid", FITTING[seed % len(FITTING)])
     hf_native.export(tmp_path / "hybrid", tmp_path / "native", shard=40_000)
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "native").eval()
@@ -101,7 +43,7 @@ def test_a_mamba2_hybrid_goes_out_exactly_and_comes_back(seed: int, tmp_path: Pa
     assert all(torch.equal(tensor, expected[name]) for name, tensor in back.state_dict().items())
 
 
-def test_a_folder_of_others_becomes_a_hybrid_of_the_granite_family(tmp_path: Path) -> None:
+def test_a_folder_of_others_becomes_a_hybrid_of_the_granite_family(saved_hybrid: SaveHybrid, tmp_path: Path) -> None:
     hybrid = saved_hybrid(3, tmp_path / "hybrid", "llama")
     hf_native.export(tmp_path / "hybrid", tmp_path / "native")
     (tmp_path / "native/distill.json").unlink()
@@ -150,7 +92,7 @@ def test_a_process_without_our_package_generates_the_same_text(
     assert cached == "True" and json.loads(theirs) == ours
 
 
-def test_the_config_on_disk_is_what_other_tools_read(tmp_path: Path) -> None:
+def test_the_config_on_disk_is_what_other_tools_read(saved_hybrid: SaveHybrid, tmp_path: Path) -> None:
     saved_hybrid(3, tmp_path / "hybrid", "llama")
     hf_native.export(tmp_path / "hybrid", tmp_path / "native")
     keys = json.loads((tmp_path / "native/config.json").read_text())
@@ -205,7 +147,9 @@ def test_a_smollm3_whose_blocks_without_positions_are_converted_goes_out(tmp_pat
     torch.testing.assert_close(native(ids).logits, hybrid(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_wrong_folders(llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_folders(
+    llama: Any, saved_hybrid: SaveHybrid, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved_hybrid(3, tmp_path / "hybrid", "llama")
     llama.save_pretrained(tmp_path / "teacher")
     native = tmp_path / "native"
