@@ -46,7 +46,7 @@ test-deepspeed: $(DEEPSPEED)/installed  ## hybrids under DeepSpeed, two ranks on
 	$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/ecosystem/test_deepspeed.py tests/distributed
 
 test-gguf: $(GGUF)/installed  ## hybrids in llama.cpp: logits, text, tokenizers (compiles it the first time)
-	OMP_NUM_THREADS=1 $(GGUF)/bin/python -m pytest -m gguf tests/export tests/eval/test_llama_cpp.py
+	OMP_NUM_THREADS=1 $(GGUF)/bin/python -m pytest -m gguf tests/export tests/stages/test_gguf_files.py
 
 test-slurm: $(STAMP)  ## a run through a real Slurm on this machine's loopback, set up and stopped again (root, Debian)
 	$(BIN)/python -m pytest -m slurm tests/slurm

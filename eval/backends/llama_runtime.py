@@ -207,6 +207,8 @@ class Context:
         self.filled = [filled] * self.sequences
 
     def _put(self, i: int, row: int, token: int, place: int, *, wanted: bool) -> None:
+        if place >= self.capacity:  # llama.cpp would end the process
+            raise ValueError(f"the context holds {self.capacity} tokens of a sequence, {place + 1} were given")
         self.ids[i], self.places[i], self.wanted[i] = token, place, wanted
         self.batch.seq_id[i][0] = row
 
