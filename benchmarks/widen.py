@@ -3,9 +3,9 @@
     python benchmarks/widen.py embedded --output runs/wide_teacher
 
 llama.cpp's K and I types quantise blocks of 256 weights, and the embedded teacher's rows hold 128: most of its tensors
-would fall back to other types. Here every channel stands twice; what reads two copies gets half of each weight plus and
-minus noise of the same size, and the residual stream is turned by a random rotation, so that the weights look like those
-of any other model of that width. The same tokens get the same logits up to rounding, which is checked.
+would fall back to other types. Here every channel stands twice; what reads two copies gets half of each weight plus
+and minus noise of the same size, and the residual stream is turned by a random rotation, so that the weights look like
+those of any other model of that width. The same tokens get the same logits up to rounding, which is checked.
 """
 
 from __future__ import annotations

@@ -4,10 +4,13 @@
     distill quantize runs/demo_mamba2/stages/01-H1-5 --to Q8_0,Q4_K_M,IQ3_M --output hybrid.gguf --only mamba
     distill quantize hybrid-f32.gguf --to Q6_K --output hybrid-q6.gguf --imatrix hybrid.imatrix.gguf
 
-GGUF (in F32, F16 or BF16), CHECKPOINT or RUN, which is exported first. Of a RUN, of a CHECKPOINT in one and with --data,
-the importance of every column is measured on training rows, written to NAME.imatrix.gguf beside the output and used;
---imatrix reads it from a file, or with 'none' does without. Several types give a file each, NAME-TYPE.gguf.
---only quantises one component of the blocks (mamba, attention, mlp) and leaves the rest as it was.
+GGUF (in F32, F16 or BF16), CHECKPOINT or RUN, which is exported first. Of a RUN, of a CHECKPOINT in one and with
+--data, the importance of every column is measured on training rows, written to NAME.imatrix.gguf beside the output and
+used; --imatrix reads it from a file, or with 'none' does without. Several types give a file each, NAME-TYPE.gguf.
+--only quantises one component of the blocks (mamba, attention, mlp) and leaves the rest as it was. Types, from the
+most bits to the fewest: Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S
+IQ3_M IQ3_S IQ3_XS* IQ3_XXS* Q2_K Q2_K_S* Q2_0 IQ2_M* IQ2_S* IQ2_XS* IQ2_XXS* TQ2_0 TQ1_0 IQ1_M* IQ1_S* Q1_0 (*: only
+with an importance matrix).
 """
 
 from __future__ import annotations

@@ -145,7 +145,9 @@ def read_matrix(path: Path) -> Matrix:
     found = {tensor.name: np.asarray(tensor.data, np.float32).reshape(-1) for tensor in reader.tensors}
     names = [name.removesuffix(SUMS) for name in found if name.endswith(SUMS)]
     if not names or any(name + COUNTS not in found for name in names):
-        raise UserError(f"--imatrix {path} holds no importance matrix (such as 'distill quantize' and llama-imatrix write)")
+        raise UserError(
+            f"--imatrix {path} holds no importance matrix (such as 'distill quantize' and llama-imatrix write)"
+        )
     counts = {name: float(found[name + COUNTS].max()) for name in names}
     columns = {name: found[name + SUMS] / max(counts[name], 1.0) for name in names}
     if bad := [name for name, values in columns.items() if not np.isfinite(values).all()]:

@@ -233,8 +233,10 @@ def logged(lib: Any) -> Iterator[list[str]]:
     def note(level: int, text: bytes, user_data: Any) -> None:
         lines.append(text.decode(errors="replace"))
 
-    lib.llama_log_set(note, ctypes.c_void_p(0))
+    before, its_data = lib.llama_log_callback(), ctypes.c_void_p()
+    lib.llama_log_get(ctypes.byref(before), ctypes.byref(its_data))
+    lib.llama_log_set(note, None)
     try:
         yield lines
     finally:
-        lib.llama_log_set(lib._logger.llama_log_callback, ctypes.c_void_p(0))
+        lib.llama_log_set(before, its_data)

@@ -20,11 +20,17 @@ from distill.errors import UserError
 from distill.export import gguf, imatrix
 from distill.export.quantize import COMPONENTS, NEED_MATRIX, TYPES, kind_of, quantize, read_tensors
 from distill.hybrid.surgery import hybridize
-from stages.cli import main
+from stages.cli import docstring, main
 
 needs_llama_cpp = pytest.mark.gguf
 MIXERS = ["mamba2", "attention", "mamba2", "attention"]
-WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 512}
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 512,
+}
 """Rows that fill llama.cpp's blocks of 256 weights."""
 
 
@@ -90,6 +96,8 @@ def test_importance_is_the_mean_square_of_what_each_layer_is_given(make_llama: C
 
 
 def test_types_are_named() -> None:
+    told = docstring("stages.quantize").split("the\nmost bits to the fewest: ")[1].split(" (*")[0].split()
+    assert told == [kind + "*" * (kind in NEED_MATRIX) for kind in TYPES]
     assert kind_of(" q4_k_m") == "Q4_K_M" and set(NEED_MATRIX) < set(TYPES)
     with pytest.raises(UserError, match="did you mean 'Q4_K_M'"):
         kind_of("Q4_KM")
@@ -180,7 +188,11 @@ def test_finer_types_are_nearer(wide: Path, tmp_path: Path) -> None:
 
     plain = logits(wide / "plain.gguf")
     far = [
-        float(np.abs(logits(quantize(wide / "plain.gguf", tmp_path / f"{kind}.gguf", kind, threads=1).path) - plain).mean())
+        float(
+            np.abs(
+                logits(quantize(wide / "plain.gguf", tmp_path / f"{kind}.gguf", kind, threads=1).path) - plain
+            ).mean()
+        )
         for kind in ("Q8_0", "Q6_K", "Q4_K_M", "IQ3_M")
     ]
     assert 0 < far[0] < far[1] < far[2] < far[3]
@@ -237,7 +249,12 @@ BAD = [
 def test_bad_input(
     arguments: list[str], message: str, wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"plain": wide / "plain.gguf", "tmp": tmp_path, "text": tmp_path / "text.gguf", "cut": tmp_path / "cut.gguf"}
+    places = {
+        "plain": wide / "plain.gguf",
+        "tmp": tmp_path,
+        "text": tmp_path / "text.gguf",
+        "cut": tmp_path / "cut.gguf",
+    }
     places |= {name: tmp_path / f"{name}.gguf" for name in ("quantised", "other", "attention")}
     places["text"].write_text("no model")
     places["cut"].write_bytes(places["plain"].read_bytes()[:200_000])
