@@ -229,7 +229,7 @@ def logged(lib: Any) -> Iterator[list[str]]:
     """What llama.cpp says in the meantime, in place of stderr."""
     lines: list[str] = []
 
-    @lib.llama_log_callback
+    @lib.llama_log_callback  # type: ignore[untyped-decorator]
     def note(level: int, text: bytes, user_data: Any) -> None:
         lines.append(text.decode(errors="replace"))
 
