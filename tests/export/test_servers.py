@@ -1,7 +1,7 @@
 """What vLLM and SGLang ask of a GraniteMoeHybrid folder, read off their sources, of folders that we write.
 
-Neither is installed here. Sources: vLLM 0.33.0, ``vllm/model_executor/models/granitemoehybrid.py`` with ``mamba_mixer2.py``
-and ``granitemoeshared.py``; SGLang 0.5.23, ``sglang/srt/models/granitemoehybrid.py`` and
+Neither is installed here. Sources: vLLM 0.33.0, ``vllm/model_executor/models/granitemoehybrid.py`` with
+``mamba_mixer2.py`` and ``granitemoeshared.py``; SGLang 0.5.23, ``sglang/srt/models/granitemoehybrid.py`` and
 ``sglang/srt/configs/granitemoehybrid.py``. What of them was run by hand: docs/export.md.
 """
 
