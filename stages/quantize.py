@@ -9,7 +9,7 @@ GGUF (in F32, F16 or BF16), CHECKPOINT or RUN, which is exported first. Of a RUN
 used; --imatrix reads it from a file, or with 'none' does without. Several types give a file each, NAME-TYPE.gguf.
 --only quantises one component of the blocks (mamba, attention, mlp) and leaves the rest as it was. Types, from the
 most bits to the fewest: Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S
-IQ3_M IQ3_S IQ3_XS* IQ3_XXS* Q2_K Q2_K_S* Q2_0 IQ2_M* IQ2_S* IQ2_XS* IQ2_XXS* TQ2_0 TQ1_0 IQ1_M* IQ1_S* Q1_0 (*: only
+IQ3_M IQ3_S IQ3_XS* IQ3_XXS* Q2_K Q2_K_S* IQ2_M* IQ2_S* IQ2_XS* IQ2_XXS* TQ2_0 TQ1_0 IQ1_M* IQ1_S* (*: only
 with an importance matrix).
 """
 
@@ -55,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
     kinds = [kind_of(name) for name in args.to.split(",")]
     if args.only is not None:
         choose("component", args.only, COMPONENTS)
+    if args.data and args.imatrix:
+        raise UserError("--data says where the importance is measured, --imatrix where it is read: give one of them")
     outputs = files(Path(args.output).expanduser(), kinds)
     threads = set_threads(check_whole("--threads", args.threads))
     check_whole("--tokens", args.tokens, 1)
@@ -69,7 +71,6 @@ def main(args: argparse.Namespace) -> int:
             f"{needing[0]} needs an importance matrix: quantise a RUN, a CHECKPOINT with --data, or give --imatrix FILE"
         )
     matrix = imatrix.read_matrix(Path(args.imatrix).expanduser()) if args.imatrix not in (None, NONE) else None
-    outputs[0].parent.mkdir(parents=True, exist_ok=True)
     with plain(source, outputs[0].parent) as path:
         if measured:
             matrix = measure(source, args.tokens)
@@ -118,6 +119,7 @@ def plain(source: Source, folder: Path) -> Iterator[Path]:
         yield source.gguf
         return
     assert source.checkpoint is not None
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantize.", suffix=".partial", dir=folder) as scratch:
         path = Path(scratch) / "plain.gguf"
         gguf.export(source.checkpoint, path)

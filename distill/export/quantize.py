@@ -28,10 +28,11 @@ __all__ = ["COMPONENTS", "NEED_MATRIX", "TYPES", "Quantized", "kind_of", "quanti
 
 TYPES = (
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "Q2_0", "IQ2_M", "IQ2_S",
-    "IQ2_XS", "IQ2_XXS", "TQ2_0", "TQ1_0", "IQ1_M", "IQ1_S", "Q1_0",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S",
+    "IQ2_XS", "IQ2_XXS", "TQ2_0", "TQ1_0", "IQ1_M", "IQ1_S",
 )  # fmt: skip
-"""llama.cpp's mixtures for dense models, from the most bits to the fewest."""
+"""llama.cpp's mixtures for dense models, from the most bits to the fewest; but for Q2_0 and Q1_0, which the package
+gguf cannot read."""
 NEED_MATRIX = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """Those that llama.cpp makes only with an importance matrix."""
 COMPONENTS = {
@@ -41,7 +42,7 @@ COMPONENTS = {
 }
 PLAIN = ("F32", "F16", "BF16")
 BLOCK = 256
-"""Weights in a block of the K and I types; other types have blocks of 32."""
+"""Weights in a block of the K, I and T types; most others have blocks of 32."""
 INSTALL = (
     "pip install 'distill-hybrid[gguf]' (llama-cpp-python is compiled on installation: docs/export.md has the flags)"
 )
@@ -79,7 +80,7 @@ class Quantized:
     @property
     def narrow(self) -> list[Tensor]:
         """Quantised tensors whose rows do not fill blocks of 256: what the mixture wants for them does not fit."""
-        if self.kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"):
+        if ("_K" not in self.kind and not self.kind.startswith(("IQ", "TQ"))) or self.kind == "IQ4_NL":
             return []
         return [each for each in self.tensors if each.type not in PLAIN and each.columns % BLOCK]
 

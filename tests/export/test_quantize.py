@@ -224,7 +224,18 @@ def test_a_checkpoint_with_data_is_weighed_and_gives_a_file_a_type(
     assert "exists already" in capsys.readouterr().err
 
 
+@needs_llama_cpp
+def test_every_type_that_is_named_can_be_made(wide: Path, tmp_path: Path) -> None:
+    columns = imatrix.read_matrix(wide / "matrix.gguf").columns
+    made = [quantize(wide / "plain.gguf", tmp_path / f"{kind}.gguf", kind, matrix=columns, threads=1) for kind in TYPES]
+    assert all(each.bits < 9 for each in made)
+    for kind in NEED_MATRIX:
+        with pytest.raises(UserError, match=f"{kind} needs an importance matrix"):
+            quantize(wide / "plain.gguf", tmp_path / "new.gguf", kind)
+
+
 BAD = [
+    (["{wide}/hybrid", "--to", "Q8_0", "--data", "demo", "--imatrix", "none"], "give one of them"),
     (["{plain}", "--to", "Q4_KM"], "did you mean 'Q4_K_M'"),
     (["{plain}", "--to", "Q8_0,Q8_0"], "names Q8_0 twice"),
     (["{plain}", "--to", "Q8_0", "--output", "{tmp}/new.bin"], "must end in .gguf"),
