@@ -55,10 +55,8 @@ def vllm(folder: str, sources: Path) -> None:
                 f"block {block}: A = -exp(A_log) {right}, norm of {norm.n_groups} groups, eps {norm.variance_epsilon}"
             )
         else:
-            rope = layer.self_attn.rotary_emb
-            print(
-                f"block {block}: {type(rope).__name__} of {rope.rotary_dim}, scale {layer.self_attn.attention_multiplier}"
-            )
+            rope, scale = layer.self_attn.rotary_emb, layer.self_attn.attention_multiplier
+            print(f"block {block}: {type(rope).__name__} of {rope.rotary_dim}, scale {scale}")
 
 
 def sglang(folder: str, sources: Path) -> None:

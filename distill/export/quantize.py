@@ -169,14 +169,13 @@ def check(
                 f"{kind} needs an importance matrix: quantise a RUN, a CHECKPOINT with --data, or give --imatrix FILE"
             )
         return
-    columns = {tensor.name: tensor.columns for tensor in tensors}
-    if not (shared := matrix.keys() & columns.keys()):
-        raise UserError(f"the importance matrix has none of the tensors of {source}: it is of another model")
-    for name in sorted(shared):
-        if len(matrix[name]) != columns[name]:
+    for tensor in tensors:
+        given = len(matrix.get(tensor.name, ()))
+        wanted = any(pattern.fullmatch(tensor.name) for pattern in COMPONENTS.values())
+        if given != tensor.columns and (given or wanted):
             raise UserError(
-                f"the importance matrix has {len(matrix[name])} columns for {name}, and {source} has {columns[name]}: "
-                "it is of another model"
+                f"the importance matrix has {given} columns for {tensor.name}, and {source} has {tensor.columns}: it "
+                "is of another model"
             )
 
 
