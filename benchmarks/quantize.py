@@ -253,16 +253,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         record = run(args, Path(folder))
-    text = tables(record)
-    print(text)
     if args.json:
         path = Path(args.json)
         write_json(path, {**(read_json(path) if path.exists() else {}), args.name: record})
+    text = tables(record)
+    print(text)
     if args.doc:
         page, mark = Path(args.doc), f"<!-- {args.name} -->"
         pattern = re.compile(f"{mark}.*?<!-- /{args.name} -->", re.DOTALL)
-        new = f"{mark}\n\n{text}\n\n<!-- /{args.name} -->"
-        page.write_text(pattern.sub(lambda _: new, page.read_text()))
+        page.write_text(pattern.sub(lambda _: f"{mark}\n\n{text}\n\n<!-- /{args.name} -->", page.read_text()))
 
 
 if __name__ == "__main__":

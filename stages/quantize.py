@@ -39,7 +39,8 @@ from stages.targets import read_config
 NONE = "none"
 ROWS_SEED = 90_003
 """Which training rows the importance is measured on."""
-BATCH = 8
+BATCH = 8192
+"""Tokens that the checkpoint is given at a time."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def measure(source: Source, tokens: int) -> imatrix.Matrix:
     rows = load_data(data, tokenizer, -(-tokens // data.sequence_length), ROWS_SEED)
     model: Any = load_model(str(source.checkpoint), source.data.dtype)
     say(f"measuring the importance of columns on {tokens:,} tokens of {describe(data)}")
-    return imatrix.measure(model, rows, describe(data), batch_size=BATCH, pad=pad_id(tokenizer))
+    batch = max(BATCH // data.sequence_length, 1)
+    return imatrix.measure(model, rows, describe(data), batch_size=batch, pad=pad_id(tokenizer))
 
 
 def told(done: Quantized) -> list[str]:

@@ -53,13 +53,15 @@ def measure(model: Any, rows: Any, source: str, *, batch_size: int, pad: int) ->
     """
     sums: dict[str, torch.Tensor] = {}
     tokens = length = 0
-    with squares_summed(model, sums) as counted:
+    with squares_summed(model, sums) as count:
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
             ids = batch["input_ids"]
             real = (ids != pad).flip(1).cummax(1).values.flip(1)  # up to the last token that is not padding
-            counted(real.to(model.device))
-            model(ids.to(model.device), position_ids=batch["position_ids"].to(model.device), use_cache=False)
+            count(real.to(model.device))
+            inputs = {"input_ids": ids, "position_ids": batch["position_ids"]}
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            model(**inputs, use_cache=False, logits_to_keep=1)  # the head is not quantised by it
             tokens, length = tokens + int(real.sum()), ids.shape[1]
     heads = padding(model.config)
     columns = {}
@@ -75,18 +77,23 @@ def measure(model: Any, rows: Any, source: str, *, batch_size: int, pad: int) ->
 def squares_summed(model: Any, sums: dict[str, torch.Tensor]) -> Iterator[Callable[[torch.Tensor], None]]:
     """Add to ``sums`` the squares of what each linear layer is given, in float64 [columns]; yields a function that is
     told before each pass which tokens [B, T] count."""
-    counted: list[torch.Tensor] = []
+    counted = torch.empty(0)
+
+    def count(real: torch.Tensor) -> None:
+        nonlocal counted
+        counted = real
 
     def hook(name: str) -> Callable[..., None]:
         def add(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            squares = inputs[0][counted[-1]].double().square().sum(0)
+            norms = torch.linalg.vector_norm(inputs[0][counted], dim=0, dtype=torch.float32)
+            squares = norms.double().square()
             sums[name] = sums[name] + squares if name in sums else squares
 
         return add
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in linear_layers(model)]
     try:
-        yield counted.append
+        yield count
     finally:
         for handle in handles:
             handle.remove()
