@@ -22,7 +22,7 @@ def stage_frame(run: Run) -> pd.DataFrame:
     generative, multiple_choice (means over the tasks of a kind) and their ``_stderr``, tokens_per_second,
     teacher_tokens_per_second, ratio, tokens (along the lineage), minutes, ratio_low and ratio_high (the ratio at the
     quartiles of its step times), kv_bytes and state_bytes (the cache of the whole batch at the largest batch and its
-    longest context: cache_batch, cache_context), frontier.
+    longest context: cache_batch, cache_context), backend (what ran it: hf, or llama.cpp of a GGUF file), frontier.
     A mean stands only if every task of its kind was measured, so that means compare like with like. If a task
     has several metrics, the first one listed counts. Accuracies are fractions.
     """
@@ -90,7 +90,8 @@ def _row(
         "tokens": number(measure, "tokens"),
         "minutes": number(measure, "minutes") if "minutes" in measure or not train else number(train, "minutes"),
     }
-    return row | _spread(measure, headline, teacher) | _cache(measure, teacher=index == 0)
+    backend = {"backend": measure.get("backend", "hf")}
+    return row | _spread(measure, headline, teacher) | _cache(measure, teacher=index == 0) | backend
 
 
 def _spread(measure: Record, headline: Record, teacher: float) -> dict[str, float]:

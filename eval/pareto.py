@@ -29,10 +29,12 @@ def on_frontier(frame: pd.DataFrame, x: str = "ratio", y: str = "generative") ->
 def best_hybrid(frame: pd.DataFrame, keep: float = KEEP) -> pd.Series[Any] | None:
     """The hybrid of the largest ratio that keeps `keep` of the teacher's mean generative accuracy, if any.
 
-    Of a stage and what was made of it by further training, which are equally fast, the more accurate one counts.
+    Of a stage and what was made of it by further training, which are equally fast, the more accurate one counts. A GGUF
+    file is none of them: its speed is that of another engine than the teacher's.
     """
     floor = keep * frame["generative"].iloc[0]
     good = frame[(frame["stage"] > 0) & (frame["generative"] >= floor) & frame["ratio"].notna()]
+    good = good[good["backend"] == "hf"] if "backend" in good else good
     good = good.sort_values(["generative", "tokens"], ascending=[True, False])
     good = good.groupby(["run", "stage"] if "run" in good else "stage").tail(1)
     return None if good.empty else good.sort_values("ratio", kind="stable").iloc[-1]

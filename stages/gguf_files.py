@@ -22,9 +22,9 @@ __all__ = ["config_of", "file_step", "found", "is_gguf", "language_model", "meas
 
 def found(target: str) -> str:
     """The GGUF file that CHECKPOINT names; UserError where it cannot be opened here."""
-    check_installed()
     path = Path(target).expanduser()
     check_file(path)
+    check_installed()
     return str(path)
 
 
@@ -79,6 +79,6 @@ def measured_beside(
     shape = llama_cpp.shape_of(asked.file, asked.config, dtype)
     engine = Model(name, asked.file, shape, torch.get_num_threads(), dtype)
     teacher = load_model(context.config.teacher, dtype)
-    record = {"name": name, "replaced": stage.replaced, "num_blocks": stage.num_blocks, **spent}
+    record = {"name": name, "replaced": stage.replaced, "num_blocks": stage.num_blocks, **spent, "backend": "llama.cpp"}
     found = figures(context, {"teacher": teacher, name: engine}, target, folder, asked)
     write_json(folder / "measure.json", {**record, **found})

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill import export
 from distill.config import RunConfig
 from distill.data.mixture import describe, describe_survey, origins
 from distill.data.sources import check_place
 from distill.engine import check_shares, engine_of
 from distill.errors import UserError
+from distill.export import gguf
 from distill.footprint import Counts, alternatives, footprint
 from distill.groups import GROUPS, group_of
 from distill.hybrid.config import head_dim
@@ -208,7 +210,7 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         *memory_lines(config, teacher, placement, workers),
         f"disk      {models * final * (2 if config.dtype == 'bfloat16' else 4) / GB:,.3g} GB of checkpoints",
     ]
-    return [*lines, pays_line(config, teacher)]
+    return [*lines, pays_line(config, teacher), *serving_lines(config, teacher, placement)]
 
 
 def pays_line(config: RunConfig, teacher: Any) -> str:
@@ -218,6 +220,19 @@ def pays_line(config: RunConfig, teacher: Any) -> str:
     found = pays_from(teacher, config.mixer.name, config.mixer, machine, batches, width)
     where = ", ".join(f"{'none' if at is None else f'{at:,}'} at batch {batch}" for batch, at in found.items())
     return f"decoding  a block is faster with {config.mixer.name} from context {where} on ({machine.name}, roofline)"
+
+
+def serving_lines(config: RunConfig, teacher: Any, mixers: list[str]) -> list[str]:
+    """To which forms the hybrids can be exported, and what stands against the others: better known before training."""
+    hybrid = hybrid_config(teacher, mixers, config.mixer)
+    found = {form: export.obstacles(hybrid, form) for form in export.available()}
+    if not config.teacher_config and not found["gguf"]:
+        found["gguf"] = gguf.tokenizer_obstacles(config.teacher, teacher)
+    lines = []
+    for reasons in sorted({"; ".join(each) for each in found.values()}):
+        forms = ", ".join(form for form, each in found.items() if "; ".join(each) == reasons)
+        lines.append(f"not in {forms}: {reasons}" if reasons else f"exact in {forms} ('distill export')")
+    return [f"{'serving' if not i else '':10s}{line}" for i, line in enumerate(lines)]
 
 
 def data_lines(config: RunConfig) -> list[str]:

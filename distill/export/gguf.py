@@ -48,6 +48,15 @@ def obstacles(config: Any) -> list[str]:
     return found
 
 
+def tokenizer_obstacles(teacher: str, config: Any) -> list[str]:
+    """Why a GGUF file cannot hold the tokenizer of a teacher with this config; empty where it can."""
+    try:
+        vocabulary(Path(teacher), load_tokenizer(teacher), config.vocab_size)
+    except UserError as error:
+        return [str(error).splitlines()[0]]
+    return []
+
+
 def export(checkpoint: Path, output: Path, dtype: str = "auto") -> list[str]:
     """Write the hybrid in ``checkpoint`` to the file ``output``; returns the names of its tensors.
 

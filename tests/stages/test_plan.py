@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from distill.config import RunConfig
 from distill.config_merge import load_config
+from distill.data.tokenizer import build_tokenizer
 from distill.hybrid.model import FAMILIES
 from stages.cli import main
 from stages.plan import sizes, teacher_config
@@ -61,3 +67,30 @@ def test_plan_writes_nothing(tmp_path: object, capsys: pytest.CaptureFixture[str
     import pathlib
 
     assert not (pathlib.Path(str(tmp_path)) / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["demo_mamba2"], "serving   exact in gguf, hf-native"),
+        (["demo"], "serving   not in gguf, hf-native: mamba1"),
+    ],
+)
+def test_plan_says_where_the_hybrids_can_be_served(
+    command: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *command]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_plan_names_a_tokenizer_that_no_gguf_holds(
+    make_llama: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_llama(hidden_size=128).save_pretrained(tmp_path / "teacher")
+    tokenizer = build_tokenizer()
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    assert main(["plan", "demo_mamba2", f"teacher={tmp_path / 'teacher'}", "schedule=[1]"]) == 0
+    text = capsys.readouterr().out
+    assert "exact in hf-native" in text and "has a tokenizer of the kind WordLevel, which no GGUF holds" in text

@@ -149,7 +149,7 @@ def test_csv(runs: Any, reported: Path) -> None:
     speed = ["tokens_per_second", "teacher_tokens_per_second", "ratio", "tokens", "minutes", "ratio_low", "ratio_high"]
     cache = ["kv_bytes", "state_bytes", "cache_batch", "cache_context"]
     first = ["stage", "name", "replaced", "num_blocks", "parameters"]
-    assert list(frame) == [*first, *tasks, *means, *speed, *cache, "frontier"]
+    assert list(frame) == [*first, *tasks, *means, *speed, *cache, "backend", "frontier"]
     assert list(frame["name"]) == ["teacher", "H1-5/10", "H1-7/10"]
     pd.testing.assert_frame_equal(frame, stage_frame(read_run(reported)), check_dtype=False)
 
