@@ -65,8 +65,10 @@ def main(args: argparse.Namespace) -> int:
     source = find(args)
     matrix_file = outputs[0].with_name(f"{Path(args.output).stem}.imatrix.gguf")
     measured = source.data is not None and not args.imatrix
-    for path in [*outputs, *[matrix_file] * measured]:
+    for path in outputs:
         check_fresh(path)
+    if measured and matrix_file.exists():
+        raise UserError(f"{matrix_file} exists already: take it with --imatrix {matrix_file}, or remove it")
     if needing := [kind for kind in kinds if kind in NEED_MATRIX and not measured and args.imatrix in (None, NONE)]:
         raise UserError(
             f"{needing[0]} needs an importance matrix: quantise a RUN, a CHECKPOINT with --data, or give --imatrix FILE"
@@ -77,11 +79,10 @@ def main(args: argparse.Namespace) -> int:
             matrix = measure(source, args.tokens)
             imatrix.write_matrix(matrix, matrix_file)
         say(f"importance: {matrix.tokens:,} tokens of {matrix.source}" if matrix else "importance: every column alike")
-        done = []
+        columns = matrix.columns if matrix else None
         for kind, output in zip(kinds, outputs, strict=True):
-            columns = matrix.columns if matrix else None
-            done.append(quantize(path, output, kind, matrix=columns, only=args.only, threads=threads))
-            for line in told(done[-1]):
+            done = quantize(path, output, kind, matrix=columns, only=args.only, threads=threads)
+            for line in told(done):
                 say(line)
     return 0
 

@@ -221,8 +221,12 @@ def test_a_checkpoint_with_data_is_weighed_and_gives_a_file_a_type(
     assert "importance: " in capsys.readouterr().out
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["new-IQ3_XXS.gguf", "new-Q8_0.gguf", "new.imatrix.gguf"]
-    assert main([*command, "--imatrix", str(tmp_path / "out/new.imatrix.gguf")]) == 2  # the files are there
-    assert "exists already" in capsys.readouterr().err
+    again = [*command[:-1], str(tmp_path / "out/new.gguf"), "--data", "demo_mamba2"]
+    assert main(again) == 2 and "new-Q8_0.gguf exists already" in capsys.readouterr().err
+    (tmp_path / "out/new-Q8_0.gguf").unlink()
+    (tmp_path / "out/new-IQ3_XXS.gguf").unlink()
+    assert main(again) == 2 and "take it with --imatrix" in capsys.readouterr().err
+    assert main([*command, "--imatrix", str(tmp_path / "out/new.imatrix.gguf")]) == 0
 
 
 @needs_llama_cpp
