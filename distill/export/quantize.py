@@ -228,10 +228,14 @@ class Options:
 def logged(lib: Any) -> Iterator[list[str]]:
     """What llama.cpp says in the meantime, in place of stderr."""
     lines: list[str] = []
+    stopped: list[BaseException] = []
 
     @lib.llama_log_callback  # type: ignore[untyped-decorator]
     def note(level: int, text: bytes, user_data: Any) -> None:
-        lines.append(text.decode(errors="replace"))
+        try:
+            lines.append(text.decode(errors="replace"))
+        except BaseException as error:  # of a signal's handler: C passes nothing on, so it is raised below
+            stopped.append(error)
 
     before, its_data = lib.llama_log_callback(), ctypes.c_void_p()
     lib.llama_log_get(ctypes.byref(before), ctypes.byref(its_data))
@@ -240,3 +244,5 @@ def logged(lib: Any) -> Iterator[list[str]]:
         yield lines
     finally:
         lib.llama_log_set(before, its_data)
+    if stopped:
+        raise stopped[0]

@@ -18,7 +18,7 @@ from distill.data.tokenizer import build_tokenizer
 from distill.data.traces import EmbeddedTraces
 from distill.errors import UserError
 from distill.export import gguf, imatrix
-from distill.export.quantize import COMPONENTS, NEED_MATRIX, TYPES, kind_of, quantize, read_tensors
+from distill.export.quantize import COMPONENTS, NEED_MATRIX, TYPES, Options, kind_of, quantize, read_tensors
 from distill.hybrid.surgery import hybridize
 from stages.cli import docstring, main
 
@@ -230,15 +230,19 @@ def test_a_checkpoint_with_data_is_weighed_and_gives_a_file_a_type(
 
 
 @needs_llama_cpp
-def test_every_type_that_is_named_can_be_made(make_llama: Callable[..., Any], wide: Path, tmp_path: Path) -> None:
-    hybrid = saved(make_llama(**{**WIDE, "intermediate_size": 256, "num_hidden_layers": 2}), tmp_path / "hybrid")
-    gguf.export(tmp_path / "hybrid", tmp_path / "plain.gguf", "f32")
-    columns = importance(hybrid).columns
-    made = [quantize(tmp_path / "plain.gguf", tmp_path / f"{kind}.gguf", kind, matrix=columns) for kind in TYPES]
-    assert all(each.bits < 9 for each in made)
+def test_every_type_that_is_named_is_one_of_llama_cpp(wide: Path, tmp_path: Path) -> None:
+    import llama_cpp
+    from gguf import LlamaFileType
+
+    for kind in TYPES:
+        options = Options(llama_cpp, kind, 1)
+        options.weigh_by(imatrix.read_matrix(wide / "matrix.gguf").columns)
+        room = options.run(wide / "plain.gguf", tmp_path / "new.gguf", dry=True)
+        assert 0 < room < (wide / "plain.gguf").stat().st_size / 3 and f"MOSTLY_{kind}" in LlamaFileType.__members__
     for kind in NEED_MATRIX:
         with pytest.raises(UserError, match=f"{kind} needs an importance matrix"):
             quantize(wide / "plain.gguf", tmp_path / "new.gguf", kind)
+    assert not list(tmp_path.iterdir())
 
 
 BAD = [
