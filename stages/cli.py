@@ -32,6 +32,7 @@ VERBS = {
     "package": "stages.package",
     "export": "stages.export",
     "import": "stages.import_native",
+    "quantize": "stages.quantize",
     "submit": "stages.submit",
     "status": "stages.status",
     "cancel": "stages.cancel",
@@ -126,6 +127,21 @@ def import_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
 
 
+def quantize_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``distill quantize``."""
+    parser.add_argument("target", metavar="GGUF|CHECKPOINT|RUN", help="what to quantise (see above)")
+    parser.add_argument("--to", required=True, metavar="TYPE[,TYPE]", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, IQ4_XS, ...")
+    parser.add_argument("--output", required=True, metavar="FILE", help="NAME.gguf; it must not exist")
+    parser.add_argument("--only", metavar="COMPONENT", help="quantise mamba, attention or mlp alone (default: all)")
+    parser.add_argument("--stage", help="of a RUN: H1-5, H1-5-SFT, or its number; by default the last distilled")
+    parser.add_argument("--data", metavar="CONFIG|RUN", help="of a CHECKPOINT: whose data the importance is from")
+    parser.add_argument("--imatrix", metavar="FILE", help="read the importance from this file; none: do without")
+    parser.add_argument(
+        "--tokens", type=int, default=65536, metavar="N", help="to measure the importance on (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one a core)")
+
+
 def bench_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``distill bench``."""
     add = parser.add_argument
@@ -168,6 +184,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "package": package_options,
     "export": export_options,
     "import": import_options,
+    "quantize": quantize_options,
     "bench": bench_options,
     "measure": measure_options,
     "report": report_options,

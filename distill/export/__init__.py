@@ -23,7 +23,7 @@ __all__ = ["available", "obstacles", "support_table", "target"]
 
 def available() -> list[str]:
     """Names of the forms, as ``--to`` takes them."""
-    helpers = ("granite", "gguf_")
+    helpers = ("granite", "gguf_", "imatrix", "quantize")
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith(helpers))
 
 

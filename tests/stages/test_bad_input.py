@@ -432,6 +432,16 @@ MEASUREMENTS = [
     (["export", "{tiny}/teacher", "--to", "hf-native", "--output", "{tmp}/out"], "is no hybrid of ours"),
     (["export", "{tmp}/nowhere", "--to", "hf-native", "--output", "{tmp}/out"], "no folder"),
     (["export", "{tiny}/teacher", "--to", "gguff", "--output", "{tmp}/out"], "unknown target 'gguff'"),
+    (["quantize", "{tiny}/run", "--to", "Q4_KM", "--output", "{tmp}/new.gguf"], "did you mean 'Q4_K_M'"),
+    (
+        ["quantize", "{tiny}/run", "--to", "bf16", "--output", "{tmp}/new.gguf"],
+        "'distill export --to gguf --dtype bf16'",
+    ),
+    (["quantize", "{tiny}/run", "--to", "Q8_0,q8_0", "--output", "{tmp}/new.gguf"], "names Q8_0 twice"),
+    (["quantize", "{tiny}/run", "--to", "Q8_0", "--output", "{tmp}/new"], "must end in .gguf"),
+    (["quantize", "{tiny}/run", "--to", "Q8_0", "--output", "{tmp}/new.gguf", "--only", "mpl"], "did you mean 'mlp'"),
+    (["quantize", "{tiny}/run", "--to", "Q8_0", "--output", "{tmp}/new.gguf", "--tokens", "0"], "--tokens=0 must be"),
+    (["quantize", "{tiny}/run", "--output", "{tmp}/new.gguf"], "--to"),
     (["export", "{tiny}/run", "--to", "gguf", "--output", "{tmp}/o.gguf"], "cannot be exported to gguf: mamba1"),
     (
         ["export", "{tiny}/run", "--to", "hf-native", "--dtype", "f16", "--output", "{tmp}/o"],

@@ -19,6 +19,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         "package": "CHECKPOINT",
         "export": "CHECKPOINT",
         "import": "FOLDER",
+        "quantize": "CHECKPOINT",
         "bench": "CHECKPOINT",
     }
     assert kind.get(verb, "CONFIG") in text
