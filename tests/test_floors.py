@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "distill.errors",
         "distill.config",
+        "distill.config.*",
         "distill.config_merge",
         "distill.placement",
         "distill.schedule",
