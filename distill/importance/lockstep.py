@@ -53,6 +53,11 @@ def schedule_of(setup: Setup) -> TrainConfig:
     return replaced(setup.train, save_steps=0, warmup_steps=min(setup.train.warmup_steps, setup.config.mmr.steps // 10))
 
 
+def precision(setup: Setup) -> AbstractContextManager[Any]:
+    """What a candidate is computed in: with its float32 weights, or by autocast."""
+    return torch.autocast(setup.model.device.type, dtype=torch.bfloat16, enabled=setup.dtype == "bfloat16")
+
+
 def trained_part(model: Any, block: int, trainable: str) -> nn.Module:
     """What of a candidate is trained: all of it, the block, or the block's mixer."""
     layer = model.model.layers[block]
@@ -217,21 +222,16 @@ class Group:
         blocks = [candidate.block for candidate in self.candidates]
         with (
             torch.no_grad(),
-            self.precision(),
+            precision(self.setup),
             recording(model, blocks, self.inputs),
             up_to(model, max(blocks)),
         ):
             model.model(**inputs, use_cache=False)
         objective = partial(_loss, train.loss, hidden, teacher.head, labels, temperature=train.temperature, **options)
         for candidate in self.candidates:
-            with self.precision():
+            with precision(self.setup):
                 loss = candidate.model(**inputs, use_cache=False, objective=objective).loss
             yield candidate, loss
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """What the student is computed in."""
-        half = self.setup.dtype == "bfloat16"
-        return torch.autocast(self.setup.model.device.type, dtype=torch.bfloat16, enabled=half)
 
 
 def _loss(

@@ -21,7 +21,7 @@ from distill.config import ScoreConfig
 from distill.hybrid.surgery import hybridize
 from distill.importance import Setup
 from distill.importance.halving import order, row_of, rungs, steps_of, summary, survivors
-from distill.importance.lockstep import lockstep, schedule_of, serves, trained_part
+from distill.importance.lockstep import lockstep, precision, schedule_of, serves, trained_part
 from distill.mixers import ATTENTION, set_kernels
 from distill.placement import replace
 from distill.progress import Countdown
@@ -148,8 +148,8 @@ def candidate(setup: Setup, block: int) -> Any:
 
 
 def loss_of(setup: Setup, model: Any) -> float:
-    """Held-out distillation loss per valid target."""
-    with torch.no_grad():
+    """Held-out distillation loss per valid target, before and after training in the same precision."""
+    with torch.no_grad(), precision(setup):
         return heldout_loss(
             model, setup.teacher, setup.heldout, setup.train.batch_size, setup.train.loss, setup.train.temperature
         )

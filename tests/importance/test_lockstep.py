@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,12 @@ def test_rows_are_those_of_separate_trainings(
     model = hybridize(teacher, placed, MixerConfig()) if hybrid else teacher
     blocks = [0, 2, 3] if hybrid else [0, 3]
     setup = make(teacher, model, blocks, train, trainable=trainable)
+    same(lockstep.lockstep(setup), mmr.separate(setup))
+
+
+def test_rows_in_bfloat16_are_those_of_separate_trainings(hybrid_setup: Setup) -> None:
+    teacher = copy.deepcopy(hybrid_setup.teacher.model).to(torch.bfloat16)
+    setup = replace(hybrid_setup, teacher=Teacher(teacher), dtype="bfloat16")
     same(lockstep.lockstep(setup), mmr.separate(setup))
 
 
