@@ -76,7 +76,7 @@ class Subject:
 
 SUBJECTS = {
     "embedded": Subject("embedded", ("add", "mod", "chase", "recall", "sort"), (5, 6, 7)),
-    "small": Subject("runs/teacher_small", ("add", "recall", "sort"), (4, 5, 6)),
+    "small": Subject("runs/teacher_small", ("add", "recall", "sort"), (3, 4, 5)),
 }
 
 
@@ -332,9 +332,9 @@ def run(jobs: Sequence[tuple[Any, ...]], ledger: Ledger, args: argparse.Namespac
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard error over the seeds."""
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{mean(values):.{digits}f} ± {error:.{digits}f}"
+    """Mean and standard error over the seeds; of one alone its value."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
 
 
 def figures(ledger: Ledger, name: str, label: str, h: int, seeds: Sequence[int]) -> list[Row]:
@@ -367,6 +367,24 @@ def quality_table(ledger: Ledger, name: str, seeds: Sequence[int]) -> list[Row]:
         row["orders"] = len(runs)
         rows.append(row)
     return sorted(rows, key=lambda row: -row.get("mean %", -1))
+
+
+def hybrid_table(ledger: Ledger, name: str, seeds: Sequence[int]) -> list[Row]:
+    """A row for every hybrid that a selector which looks at the model chose: who chose it, accuracy by family."""
+    rows: list[Row] = []
+    for h in SUBJECTS[name].counts:
+        chosen: dict[tuple[int, ...], list[str]] = {}
+        for label, order in orders_of(ledger, name, seeds[0]).items():
+            if label not in ("uniform", "random", "first"):
+                chosen.setdefault(tuple(sorted(order[:h])), []).append(label)
+        for blocks, labels in chosen.items():
+            found = [row for seed in seeds if (row := ledger.arm(name, blocks, seed)) is not None]
+            if found:
+                row: Row = {"h": h, "replaced": ", ".join(map(str, blocks)), "chosen by": "; ".join(labels)}
+                for task in found[0]["families"]:
+                    row[f"{task.removeprefix('embedded_')} %"] = 100 * mean(each["families"][task] for each in found)
+                rows.append({**row, "seeds": len(found)})
+    return rows
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -471,6 +489,7 @@ def tables(ledger: Ledger, args: argparse.Namespace) -> dict[str, str]:
     for name in SUBJECTS:
         if ledger.kind("selection", name):
             found[f"{name}_quality"] = markdown(quality_table(ledger, name, args.seeds))
+            found[f"{name}_hybrids"] = markdown(hybrid_table(ledger, name, args.seeds))
             found[f"{name}_orders"] = markdown(order_table(ledger, name, args.seeds[0]))
             found[f"{name}_ranks"] = markdown(correlation_table(ledger, name, args.seeds))
         for row in ledger.kind("teacher", name)[:1]:

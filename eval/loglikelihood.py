@@ -77,6 +77,8 @@ def prepare_all(
     gold: list[int] = []
     for place, task in enumerate(tasks):
         share = questions * (place + 1) // len(tasks) - questions * place // len(tasks)
+        if questions and not share:
+            continue
         part = prepare(task, tokenizer, model, share, local_data=local_data)
         requests += [replace(request, question=request.question + len(gold)) for request in part.requests]
         gold += part.gold

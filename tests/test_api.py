@@ -208,7 +208,7 @@ def test_mmr_scores_by_a_short_distillation(llama: Any, tokenizer: Any) -> None:
         ({"steps_per_block": 3}, "loo takes no option 'steps_per_block'"),
         ({"method": "mmr", "learning_rat": 3}, "did you mean 'learning_rate'"),
         ({"method": "mmr", "steps": 0}, "steps=0 must be above 0"),
-        ({"method": "mmr", "trainable": "some"}, "allowed: all, mixer"),
+        ({"method": "mmr", "trainable": "some"}, "allowed: all, block, mixer"),
         ({"method": "mmr", "data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"method": "mmr", "data": QUESTIONS}, "training wants"),
         ({"method": "mmr", "loss": "kl"}, "unknown loss"),

@@ -15,13 +15,14 @@ from huggingface_hub import constants
 from lm_eval import evaluator
 
 from distill.data.chat import encode
+from distill.data.families import FAMILIES
 from distill.data.prompts import Prompt
 from distill.data.sample import render, trace
 from distill.errors import UserError
 from distill.likelihood import Requests
 from eval.accuracy import load_tasks
 from eval.lm import LM
-from eval.loglikelihood import drawn, first, prepare
+from eval.loglikelihood import drawn, first, prepare, prepare_all
 from eval.suites import task_manager
 
 QUESTIONS = 40
@@ -168,3 +169,24 @@ def test_mmlu_for_importance_scores_is_lm_evals(
     evaluator.evaluate(lm=lm, task_dict=loaded, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0)
     assert {request.ids for request in found.requests} <= lm.seen
     assert len(lm.seen) > len({request.ids for request in found.requests})
+
+
+def test_tasks_that_are_asked_together_share_the_questions(llama: Any, tokenizer: Any) -> None:
+    """Each its own first ones; the figures are those of all of them."""
+    names = [f"embedded_choice_{family}" for family in ("add", "recall", "sort")]
+    every = prepare_all(names, tokenizer, llama, 8)
+    parts = [prepare(name, tokenizer, llama, count) for name, count in zip(names, (2, 3, 3), strict=True)]
+    assert every.gold == tuple(gold for part in parts for gold in part.gold)
+    assert sorted({request.question for request in every.requests}) == list(range(8))
+    found, single = every.evaluate(llama), [part.evaluate(llama) for part in parts]
+    assert found["accuracy"] * 8 == pytest.approx(sum(each["accuracy"] * each["questions"] for each in single))
+    likely = sum(each["loglikelihood"] * each["questions"] for each in single)
+    assert found["loglikelihood"] * 8 == pytest.approx(likely, rel=1e-5)
+    assert len(prepare_all(names, tokenizer, llama, 2).gold) == 2
+
+
+def test_the_families_are_the_parts_of_the_suite(llama: Any, tokenizer: Any) -> None:
+    families = [prepare(f"embedded_choice_{family}", tokenizer, llama) for family in FAMILIES]
+    whole = prepare("embedded_choice", tokenizer, llama)
+    assert {r.ids for part in families for r in part.requests} == {r.ids for r in whole.requests}
+    assert sum(len(part.gold) for part in families) == len(whole.gold)
