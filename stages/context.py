@@ -11,7 +11,8 @@ from typing import Any
 from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
-from distill.importance import COMBINED, OPTIONS, needs, parts
+from distill.importance import COMBINED, OPTIONS, needs, taken
+from distill.importance.comparison import entries
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
 from distill.records import Step, fingerprint, read_record
@@ -169,8 +170,7 @@ class Context:
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = self.scored(stage)
-            taken = [stage.scorer, *(text.split()[0] for text in config.score.compare if text.strip())]
-            trains = any("rows" in needs(config.score, name) for name in taken)
+            trains = any("rows" in needs(config.score, name) for name in taken(config.score, stage.scorer))
             trained = {"data": data, "train": train, "mixer": mixer} if trains else {}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
@@ -239,9 +239,11 @@ class Context:
     def scored(self, stage: Stage) -> dict[str, Any]:
         """What of the config decides the scores of a stage."""
         options = self.config.score
-        named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
-        taken = [*parts(options, stage.scorer), *(text.split()[0] for text in options.compare if text.strip())]
-        if set(taken) & OPTIONS.keys():  # these go on until so many blocks are chosen
+        named: dict[str, Any] = {"blocks": list(options.blocks)} if options.blocks else {}
+        if others := entries(options, stage.scorer)[1:]:  # their places say where what is known of them is kept
+            own = [score_inputs(entry.options, entry.scorer) for entry in others]
+            named["compare"] = {f"{number} {each.name}": own[number] for number, each in enumerate(others)}
+        if set(taken(options, stage.scorer)) & OPTIONS.keys():  # these go on until so many blocks are chosen
             named["added"] = [stage.added]
         return {**score_inputs(options, stage.scorer), **named}
 
