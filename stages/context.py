@@ -134,8 +134,18 @@ class Context:
         return (self.config.seed * 1000 + stage.index * 10 + purpose) % 2**32
 
     def steps(self) -> list[Step]:
-        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings."""
-        return [*self.run_steps(), *(step for stage in self.stages for step in self.sft_steps(stage))]
+        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings, then
+        the measures of GGUF files."""
+        more = [step for stage in self.stages for step in (*self.sft_steps(stage), *self.gguf_steps(stage))]
+        return [*self.run_steps(), *more]
+
+    def gguf_steps(self, stage: Stage) -> list[Step]:
+        """What was measured of a stage's GGUF files: it goes when the training goes that they came from."""
+        trained = self.step(stage, "train")
+        return [
+            Step(f"gguf/{folder.name}/measure", folder / "measure", {}, {trained.name: trained.fingerprint})
+            for folder in sorted((self.run_dir / "gguf").glob(f"{stage.folder}-*"))
+        ]
 
     def run_steps(self) -> list[Step]:
         """The steps of the run itself: the teacher's measure, then stage by stage."""
