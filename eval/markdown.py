@@ -8,7 +8,7 @@ import pandas as pd
 
 from eval.provenance import commands, cost_frame, provenance_frame
 from eval.runs import Run, tasks_of
-from eval.speeds import protocol_frame
+from eval.speeds import engines_told, protocol_frame
 from eval.tables import cost_rows, protocol_rows, table_rows
 
 
@@ -31,7 +31,8 @@ def run_markdown(run: Run, frame: pd.DataFrame, lead: str, lacks: Sequence[str],
         parts.append("This run is not finished. Missing:\n\n" + "\n".join(f"- {line}" for line in lacks))
     parts += [image("pareto", "Accuracy against throughput")] if "pareto" in figures else []
     parts += ["## Stages", pipes(table_rows(frame, tasks_of(run)))]
-    parts.append("Accuracy in per cent ± one standard error; tokens count along the lineage.")
+    note = "Accuracy in per cent ± one standard error; tokens count along the lineage."
+    parts.append(" ".join(filter(None, (note, engines_told(run)))))
     protocols, cost = protocol_frame(run), cost_frame(run)
     if protocols["protocol"].nunique() > 1:  # one alone stands in the stage table
         parts += ["## Throughput", pipes(protocol_rows(protocols))]

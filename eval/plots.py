@@ -18,7 +18,7 @@ from eval.figures import accuracy, cost, importance, pareto, placement, speed, t
 from eval.frames import importance_frame, loss_frame, task_frame
 from eval.provenance import cost_frame
 from eval.runs import Record, Run, Stage, number
-from eval.speeds import machine, memory_frame, pays_from, prefill_frame, throughput_frame
+from eval.speeds import engines_told, machine, memory_frame, pays_from, prefill_frame, throughput_frame
 from eval.words import MINUS, PLUS_MINUS, measured, percent
 from eval.words import speed as per_second
 
@@ -135,7 +135,9 @@ def importance_plot(stage: Stage) -> Plot:
         caption = captions.SCORES.get(scorer, f"By the scorer <code>{escape(scorer)}</code>. ").format(**told) + caption
         draw = partial(importance.loo, stage) if scores.get("blocks") else None
     caption = caption.replace(FROM, _halved(scores) + _compared(scores) + FROM)
-    title = f"Stage {stage.index}, {stage.name}" + (f": {scorer.upper()}" if scorer else "")
+    title = f"Stage {stage.index}, {stage.name}" + (
+        f": {scorer.upper() if scorer in ('loo', 'mmr') else scorer}" if scorer else ""
+    )
     return Plot("Importance", f"importance-{stage.index:02d}", title, caption, draw)
 
 
@@ -143,6 +145,8 @@ def _marks(run: Run, frame: pd.DataFrame) -> str:
     """What stands beside the points, what a square is and what a triangle, where there are any."""
     text = "" if "run" in frame else " Beside each hybrid stand the training tokens spent along its lineage."
     text += " Squares are stages trained further after distillation, in their stage's colour." if run.tuned else ""
+    if engines := engines_told(run):
+        text += f" Squares named after a type are GGUF files. {escape(engines)}"
     return text + (" Triangles were measured elsewhere." if (frame["stage"] < 0).any() else "")
 
 

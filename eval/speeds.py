@@ -26,6 +26,17 @@ SPEEDS = [
 PROTOCOL = ["protocol", "model", "batch", "output_tokens", *SPEEDS, "memory_bytes", "how"]
 PREFILL = ["seconds", "seconds_low", "seconds_high", "roofline_fraction", "ratio"]
 
+ENGINES = (
+    "{names} ran in llama.cpp and the teacher in PyTorch: their speeds and ratios compare the programs as well as the "
+    "models."
+)
+
+
+def engines_told(run: Run) -> str:
+    """Which models another program ran than the teacher; empty where there are none."""
+    names = [model.name for model in run.stored if model.records["measure"]]
+    return ENGINES.format(names=", ".join(names)) if names else ""
+
 
 def _measures(run: Run) -> Iterator[tuple[str, Record]]:
     """Every measure with the model that it is of; the teacher is timed in each."""

@@ -20,6 +20,7 @@ from distill.data.sources import EMBEDDED
 from distill.errors import UserError
 from distill.hybrid.surgery import check_teacher, hybrid_config
 from distill.importance import needs
+from distill.importance.comparison import entries
 from distill.lock import hold
 from distill.placement import ATTENTION, parse_name, replace
 from distill.records import Step, dependents, forget, verify, write_text
@@ -118,7 +119,8 @@ def check_inputs(config: RunConfig, model: Any) -> None:
     check_tokenizer(config.teacher, model.vocab_size, chats=EMBEDDED in sources)
     check_data(config.data, lambda: load_tokenizer(config.teacher))
     accuracy.check(config.measure)
-    asked = [config.score.loo.task, *recall_tasks(config.score)]
+    loo = [entry.options.loo.task for entry in entries(config.score, config.score.first)]
+    asked = list(dict.fromkeys([*loo, *recall_tasks(config.score)]))
     check_tasks(asked, "multiple_choice", allow_code=config.measure.allow_code_execution)
     accuracy.check_data([(task, "multiple_choice") for task in asked], config.measure.local_data)
     window = getattr(model, "max_position_embeddings", None) or float("inf")
@@ -131,13 +133,11 @@ def check_inputs(config: RunConfig, model: Any) -> None:
 
 def recall_tasks(score: ScoreConfig) -> list[str]:
     """The tasks of ``score.recall_drop``, where a stage may be scored by it; UserError where it has none to compare."""
-    options = score.recall_drop
-    taken = (score.first, score.later, *(text.split()[0] for text in score.compare if text.strip()))
-    if not any("tasks" in needs(score, name) for name in taken):
-        return []
-    if not options.recall or not options.rest:
+    every = [(score.later, score), *((entry.scorer, entry.options) for entry in entries(score, score.first))]
+    used = [options.recall_drop for name, options in every if "tasks" in needs(options, name)]
+    if not all(options.recall and options.rest for options in used):
         raise UserError("score.recall_drop needs at least one task under recall and one under rest")
-    return [*options.recall, *options.rest]
+    return [task for options in used for task in (*options.recall, *options.rest)]
 
 
 def check_finished(context: Context, also: list[Step], *, force: bool) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from distill.config import DataConfig, Origin, RunConfig, ScoreConfig
 from distill.data.mixture import load_data
 from distill.errors import UserError, choose
-from distill.importance import COMBINED, OPTIONS, needs, parts
+from distill.importance import COMBINED, OPTIONS, needs, taken
+from distill.importance.comparison import entries
 from distill.mixers import available
 from distill.placement import ATTENTION, tuned_name
 from distill.records import Step, fingerprint, read_record
@@ -133,8 +134,18 @@ class Context:
         return (self.config.seed * 1000 + stage.index * 10 + purpose) % 2**32
 
     def steps(self) -> list[Step]:
-        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings."""
-        return [*self.run_steps(), *(step for stage in self.stages for step in self.sft_steps(stage))]
+        """Every step in order, each with the inputs that it depends on: those of the run, then the fine-tunings, then
+        the measures of GGUF files."""
+        more = [step for stage in self.stages for step in (*self.sft_steps(stage), *self.gguf_steps(stage))]
+        return [*self.run_steps(), *more]
+
+    def gguf_steps(self, stage: Stage) -> list[Step]:
+        """What was measured of a stage's GGUF files: it goes when the training goes that they came from."""
+        trained = self.step(stage, "train")
+        return [
+            Step(f"gguf/{folder.name}/measure", folder / "measure", {}, {trained.name: trained.fingerprint})
+            for folder in sorted((self.run_dir / "gguf").glob(f"{stage.folder}-*"))
+        ]
 
     def run_steps(self) -> list[Step]:
         """The steps of the run itself: the teacher's measure, then stage by stage."""
@@ -169,8 +180,7 @@ class Context:
             reads = self.reads(stage)
             chosen = {"start": self.starts.get(start.path, start.name)} if stage.branches else {}
             score = self.scored(stage)
-            taken = [stage.scorer, *(text.split()[0] for text in config.score.compare if text.strip())]
-            trains = any("rows" in needs(config.score, name) for name in taken)
+            trains = any("rows" in needs(config.score, name) for name in taken(config.score, stage.scorer))
             trained = {"data": data, "train": train, "mixer": mixer} if trains else {}
             cached = {**base, "steps": stage.steps, **read, **stored, "data": data, **trained_on}
             inputs = {
@@ -239,9 +249,11 @@ class Context:
     def scored(self, stage: Stage) -> dict[str, Any]:
         """What of the config decides the scores of a stage."""
         options = self.config.score
-        named = {key: list(value) for key in ("blocks", "compare") if (value := getattr(options, key))}
-        taken = [*parts(options, stage.scorer), *(text.split()[0] for text in options.compare if text.strip())]
-        if set(taken) & OPTIONS.keys():  # these go on until so many blocks are chosen
+        named: dict[str, Any] = {"blocks": list(options.blocks)} if options.blocks else {}
+        if others := entries(options, stage.scorer)[1:]:  # their places say where what is known of them is kept
+            own = [score_inputs(entry.options, entry.scorer) for entry in others]
+            named["compare"] = {f"{number} {each.name}": own[number] for number, each in enumerate(others)}
+        if set(taken(options, stage.scorer)) & OPTIONS.keys():  # these go on until so many blocks are chosen
             named["added"] = [stage.added]
         return {**score_inputs(options, stage.scorer), **named}
 

@@ -14,6 +14,7 @@ from distill.config import RunConfig
 from distill.errors import UserError, choose
 from distill.hybrid.config import head_dim
 from distill.hybrid.surgery import check_options
+from distill.importance import taken
 from distill.mixers import ATTENTION, available
 from distill.records import read_json
 from distill.schedule import Stage, build_schedule
@@ -42,7 +43,7 @@ def stages_of(config: RunConfig, teacher: Any) -> list[Stage]:
         if not 0 <= block < blocks:
             raise UserError(f"mixer.blocks.{block}: the teacher's blocks are 0 to {blocks - 1}")
     stages = build_schedule(config, blocks)
-    if any(stage.scorer == "given" for stage in stages):
+    if "given" in taken(config.score, *(stage.scorer for stage in stages)):
         _check_given(config.score.given, stages, blocks)
     for stage in stages:
         if stage.start.path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from distill.hybrid.config import head_dim
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible, check_teacher, hybrid_config
 from distill.importance import parts
+from distill.importance.comparison import entries
 from distill.importance.halving import steps_of
 from distill.mixers import ATTENTION
 from distill.placement import replace
@@ -198,9 +200,11 @@ def plan(config: RunConfig, teacher: Any, stages: list[Stage]) -> list[str]:
         student = size.total + stage.replaced * (size.mixer - size.attention)
         step_flops = 6 * student + 2 * size.total + (2 * student if train.gradient_checkpointing else 0)
         flops = float(step_flops) * stage.tokens
-        if stage.scorer == "mmr":
-            flops += mmr_flops(config, stage, step_flops, student, size.total)
-        flops += alignment_flops(config, stage, student, size.mixer)
+        for entry in entries(config.score, stage.scorer):
+            own, by = replace_fields(config, score=entry.options), replace_fields(stage, scorer=entry.scorer)
+            if "mmr" in parts(entry.options, entry.scorer):
+                flops += mmr_flops(own, by, step_flops, student, size.total)
+            flops += alignment_flops(own, by, student, size.mixer)
         hours = flops / usable / 3600
         total_hours += hours
         lines.append(

@@ -76,10 +76,17 @@ def score(context: Context, stage: Stage, folder: Path) -> None:
         whole(context, stage, entry, number, record)
         for number, (entry, record) in enumerate(zip(every, mine, strict=True))
     ]
-    for entry, record in zip(every, records, strict=True):
-        check_rows(entry.name, record["blocks"], stage.added)
+    check_rows(every[0].name, records[0]["blocks"], stage.added)
+    others = {}
+    for entry, record in zip(every[1:], records[1:], strict=True):
+        try:
+            check_rows(entry.name, record["blocks"], stage.added)
+        except UserError:  # it chooses nothing: what decides stands
+            say(f"warning: {entry.name} has the same score for all blocks: left out of the comparison")
+        else:
+            others[entry.name] = record
     result = dict(records[0])
-    if others := {entry.name: record for entry, record in zip(every[1:], records[1:], strict=True)}:
+    if others:
         result["compared"] = compared(result, others, stage.added)
     write_json(folder / "scores.json", result)
     table(result, stage.added).to_parquet(folder / "importance.parquet", index=False)

@@ -79,8 +79,9 @@ def settle(config: RunConfig, teacher: Any, say: Callable[[str], None]) -> None:
         return
     target = parse(config.target, config.measure.throughput.batches)
     if (kept := _kept(config)) is not None:
-        config.schedule = kept
-        say(f"target    {config.target}: {hybrid_name(kept[-1], teacher.num_hidden_layers)}, as resolved before")
+        h = kept[-1]
+        config.schedule = [*(each for each in config.schedule if each < h), h] if config.schedule else kept
+        say(f"target    {config.target}: {hybrid_name(h, teacher.num_hidden_layers)}, as resolved before")
         return
     machine = device(config)
     speeds = {**predicted(config, teacher, target, machine), **recorded(config, teacher, target)}
@@ -198,6 +199,9 @@ def _kept(config: RunConfig) -> list[int] | None:
     before = load_config(RunConfig, file)
 
     def depends(run: RunConfig) -> tuple[Any, ...]:
-        return run.target, run.teacher, run.mixer, run.dtype, run.plan.device, run.plan.records
+        measured = run.measure.throughput
+        speed = parse(run.target, measured.batches), measured.memory_gb
+        return run.target, speed, run.teacher, run.mixer, run.dtype, run.plan.device, run.plan.records
 
-    return before.schedule if before.schedule and depends(before) == depends(config) else None
+    same = before.target == config.target and depends(before) == depends(config)
+    return before.schedule if before.schedule and same else None

@@ -26,7 +26,7 @@ from distill.guards import check_guards
 from distill.hybrid.config import mixer_options
 from distill.hybrid.model import FAMILIES
 from distill.hybrid.surgery import check_convertible
-from distill.importance import COMBINED
+from distill.importance import COMBINED, taken
 from distill.importance import available as scores
 from distill.importance.comparison import entries
 from distill.importance.mmr import TRAINABLE
@@ -130,9 +130,12 @@ def check(config: RunConfig) -> None:
     _check_kernels(config)
     choose("mixer.init", config.mixer.init, initialisations())
     check_scores(config.score)
-    for entry in entries(config.score, config.score.later):
+    every = entries(config.score, config.score.later)
+    for entry in every:
         check_mmr(entry.options.mmr)
     _check_training(config)
+    for entry in every[1:]:
+        _check_numbers(entry.options, f"score.compare: '{entry.name}': ", "score.")
     choose("engine.name", config.engine.name, ENGINES)
     check_outside("run_dir", config.run_dir, config.data, config.sft)
     check_columns(config.sft.columns, "sft.columns")
@@ -152,9 +155,10 @@ def check_scores(score: ScoreConfig) -> None:
         choose("score", name, scores())
     for name in score.combine:
         choose("score in score.combine", name, set(scores()) - {COMBINED})
-    if COMBINED in (score.first, score.later) and len(set(score.combine)) < max(2, len(score.combine)):
+    every = taken(score, score.first, score.later)
+    if COMBINED in every and len(set(score.combine)) < max(2, len(score.combine)):
         raise UserError(f"score.combine={score.combine} must be two or more different scores: [loo, mmr]")
-    if GIVEN in (score.first, score.later) and (not score.given or len(set(score.given)) < len(score.given)):
+    if GIVEN in every and (not score.given or len(set(score.given)) < len(score.given)):
         raise UserError(
             f"score.given={score.given} must be blocks, each once, in the order in which to replace them: [7, 8, 9]"
         )
@@ -231,15 +235,7 @@ def _check_training(config: RunConfig | PretrainConfig) -> None:
     check_groups(config.train)
     check_guards(config.train, config.engine.name if isinstance(config, RunConfig) else "none")
     check_options(config.data)
-    for key, value in _leaves(config):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        low = next((low for pattern, low in LOWEST.items() if re.fullmatch(pattern, key)), 0)
-        high = HIGHEST.get(key, LARGE)
-        if not value >= low:
-            raise UserError(f"{key}={value} must be {'above 0' if low == ABOVE_0 else f'at least {low}'}")
-        if not value <= high:
-            raise UserError(f"{key}={value} must be at most {high}")
+    _check_numbers(config)
     if not 0 <= config.train.beta2 < 1:
         raise UserError(f"train.beta2={config.train.beta2} must be in [0, 1)")
     for name in ("train", "sft"):
@@ -249,6 +245,19 @@ def _check_training(config: RunConfig | PretrainConfig) -> None:
                 f"{name}.batch_size={part.batch_size} is not divisible by "
                 f"{name}.gradient_accumulation={part.gradient_accumulation}"
             )
+
+
+def _check_numbers(config: Any, where: str = "", prefix: str = "") -> None:
+    """Refuse numbers out of their ranges; ``where`` begins an error, ``prefix`` is where in a config this part is."""
+    for key, value in _leaves(config, prefix):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        low = next((low for pattern, low in LOWEST.items() if re.fullmatch(pattern, key)), 0)
+        high = HIGHEST.get(key, LARGE)
+        if not value >= low:
+            raise UserError(f"{where}{key}={value} must be {'above 0' if low == ABOVE_0 else f'at least {low}'}")
+        if not value <= high:
+            raise UserError(f"{where}{key}={value} must be at most {high}")
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -83,6 +83,12 @@ def parts(config: ScoreConfig, name: str) -> list[str]:
     return config.combine if name == COMBINED else [name]
 
 
+def taken(config: ScoreConfig, *decide: str) -> list[str]:
+    """Names of the scores that are taken: those that ``decide``, those of ``score.compare``, and what these combine."""
+    named = [*decide, *(text.split()[0] for text in config.compare if text.strip())]
+    return list(dict.fromkeys(each for name in named for each in (name, *parts(config, name))))
+
+
 def needs(config: ScoreConfig, name: str) -> frozenset[str]:
     """What the score ``name`` reads of a ``Setup``."""
     return frozenset(

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from distill.importance import COMBINED, Setup, scorer
+from distill.importance.checks import check_rows
 
 RANK = "rank_"
 
@@ -25,6 +26,8 @@ def ordered(rows: Sequence[Mapping[str, float]]) -> list[int]:
 def score(setup: Setup) -> dict[str, Any]:
     """Score every candidate by all of ``score.combine``, and by its mean rank (1: the least important)."""
     parts = {name: scorer(name)(setup) for name in setup.config.combine}
+    for name, part in parts.items():
+        check_rows(f"{COMBINED}: {name}", part["blocks"], setup.added)
     ranks = {name: {block: 1 + place for place, block in enumerate(part["order"])} for name, part in parts.items()}
     rows = []
     for block in setup.blocks:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from distill.config import ScoreConfig
 from distill.config_merge import merge_config
-from distill.errors import choose
+from distill.errors import UserError, choose
 from distill.importance import OPTIONS, apart, available
 
 
@@ -29,12 +29,16 @@ class Entry:
 
 
 def entries(options: ScoreConfig, scorer: str) -> list[Entry]:
-    """The score that decides, then those of ``score.compare``; UserError for one that there is not."""
+    """The score that decides, then those of ``score.compare``, each once; UserError for one that there is not."""
     found = [Entry(scorer, scorer, options)]
     kind: Any = ScoreConfig
     for text in options.compare:
         name, *own = text.split() or [text]
         choose("score.compare", name, available())
+        if own and not is_dataclass(getattr(options, OPTIONS.get(name, name), None)):
+            raise UserError(f"score.compare: '{text}': {name} has no options of its own; give {name} alone")
+        if text in {entry.name for entry in found}:
+            continue
         overrides = [f"{OPTIONS.get(name, name)}.{each}" for each in own]
         found.append(Entry(text, name, merge_config(kind, [("score", asdict(options))], overrides)))
     return found

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from distill.errors import UserError
 from distill.export.gguf import ORIGIN
+from distill.export.quantize import COMPONENTS, PLAIN, read_tensors
 from distill.mixers import ATTENTION
 from distill.teacher import DTYPES
 from eval.backends.llama_runtime import Context, File, check_installed
@@ -67,11 +68,19 @@ def read_tokenizer(file: File) -> Any:
 
 
 def kind_of(file: File) -> str:
-    """The type of the file's matrices, as llama.cpp calls it: F32, Q4_K_M."""
+    """The type of the file's matrices, as llama.cpp calls it: F32, Q4_K_M; with the components that have it where
+    others were left as they were: Q4_K_M-mamba."""
     from gguf import LlamaFileType
 
     name = LlamaFileType(int(file.value("general.file_type") or 0)).name
-    return name.removeprefix("ALL_").removeprefix("MOSTLY_")
+    name = name.removeprefix("ALL_").removeprefix("MOSTLY_")
+    types: dict[str, set[str]] = {}
+    for tensor in read_tensors(file.path) if name not in PLAIN else ():
+        for component, pattern in COMPONENTS.items():
+            if pattern.fullmatch(tensor.name):
+                types.setdefault(component, set()).add(tensor.type)
+    smaller = [component for component, found in types.items() if not found <= set(PLAIN)]
+    return "-".join([name, *(sorted(smaller) if len(smaller) < len(types) else [])])
 
 
 @dataclass(frozen=True)

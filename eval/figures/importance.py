@@ -41,7 +41,7 @@ def loo(stage: Stage, width: float = WIDE) -> Figure:
         blocks["score"],
         width=0.76,
         color=[colours.get(int(block), MIXERS["attention"]) for block in blocks["block"]],
-        yerr=blocks["stderr"].fillna(0),
+        yerr=blocks["stderr"].fillna(0) if blocks["stderr"].notna().any() else None,
         error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": 2.5 if len(blocks) <= 30 else 0},
     )
     for bar, (_, row) in zip(bars, blocks.iterrows(), strict=True):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distill.config import RecallDropConfig, ScoreConfig
+from distill.errors import UserError
 from distill.importance import Setup, Variant, apart, available, join, needs, scorer
 from distill.importance.combine import ordered
 from distill.teacher import Teacher
@@ -92,6 +93,13 @@ def test_ranks_are_averaged_and_the_first_score_breaks_ties(setup: Setup) -> Non
         {"block": 2, "score": 3.0, "rank_a": 3.0, "rank_b": 3.0},
     ]
     assert ordered(tied) == [1, 0, 2]
+
+
+def test_a_score_that_ranks_nothing_is_no_part_of_a_combination(setup: Setup) -> None:
+    """Its ranks would be the blocks' numbers."""
+    setup = replace(setup, config=ScoreConfig(combine=["given", "last"], given=[]))
+    with pytest.raises(UserError, match="combine: given: all 4 blocks have the same score"):
+        scorer("combine")(setup)
 
 
 def test_a_combination_needs_what_its_parts_need() -> None:

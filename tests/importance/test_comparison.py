@@ -19,12 +19,19 @@ def test_each_entry_has_options_of_its_own() -> None:
     assert options.mmr.trainable == "all"
 
 
+def test_what_is_named_twice_is_taken_once() -> None:
+    """The score that decides is its own best comparison, and its rows are hours of work."""
+    found = entries(ScoreConfig(compare=["loo", "mmr", "mmr", "mmr steps=9"]), "loo")
+    assert [entry.name for entry in found] == ["loo", "mmr", "mmr steps=9"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("mnr", "unknown score.compare 'mnr'.*did you mean 'mmr'"),
         ("mmr trainble=mixer", "unknown key 'mmr.trainble'.*did you mean 'trainable'"),
         ("mmr mixer", "expected key=value, got 'mmr.mixer'"),
+        ("uniform steps=1", "uniform has no options of its own"),
         ("", "unknown score.compare ''"),
     ],
 )

@@ -14,9 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distill.config import ThroughputConfig
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.export import gguf
+from distill.export.quantize import quantize
 from distill.teacher import load_model
 from eval import report, throughput
 from eval.backends import backend
+from eval.backends.llama_cpp import kind_of
+from eval.backends.llama_runtime import File
 from eval.runs import read_run
 from eval.wellformed import problem
 from stages.cli import main
@@ -142,6 +145,15 @@ def test_a_file_stands_in_the_report_of_its_run(native: Path, tmp_path: Path, ca
     page = (run / "report/report.html").read_text()
     assert "H1-1/3-F32" in page
     assert main([*measure, "--stage", "H1-1"]) == 0 and "is done already" in capsys.readouterr().out
+
+
+def test_a_file_of_which_a_component_is_quantised_has_a_name_of_its_own(native: Path, tmp_path: Path) -> None:
+    """It would stand in the report as the type of the whole, and keep a file of that out of it."""
+    names = []
+    for only in (None, "mamba"):
+        path = quantize(native / "hybrid.gguf", tmp_path / f"{only}.gguf", "Q8_0", only=only, threads=1).path
+        names.append(kind_of(File(path, words_only=True)))
+    assert names == ["Q8_0", "Q8_0-mamba"] and kind_of(File(native / "hybrid.gguf")) == "F32"
 
 
 def test_what_is_no_file_of_ours_is_refused(

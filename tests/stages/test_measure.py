@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from distill.records import forget
 from eval import decoding
 from eval import lm as asking
 from eval.wellformed import problem
 from stages import checkpoints
 from stages.cli import main
+from stages.common import open_run
 
 Capture = pytest.CaptureFixture[str]
 Build = Callable[[list[str]], list[str]]
@@ -154,3 +156,17 @@ def test_memory_that_does_not_suffice_halves_the_batch_and_says_so(
     (halved,) = [line for line in lines if "out of memory" in line]
     assert halved.endswith("out of memory generating for task 'embedded_add': batch 4 -> 2")
     assert [line for line in lines if line != halved] == expected.splitlines()
+
+
+def test_the_measure_of_a_file_goes_with_the_training_that_it_came_from(build: Build, tmp_path: Path) -> None:
+    """Or the report would have the speed of one model beside the tokens of another."""
+    (run,) = build(["{tmp}/run"])
+    folders = [Path(run) / "gguf" / name / "measure" for name in ("01-H1-1-Q8_0", "02-H1-2-Q8_0")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "step.json").write_text("{}")
+    context = open_run(run, [], write=False)
+    forget(context.steps(), {"02-H1-2/measure"})
+    assert [folder.exists() for folder in folders] == [True, True]
+    forget(context.steps(), {"02-H1-2/train"})
+    assert [folder.exists() for folder in folders] == [True, False]

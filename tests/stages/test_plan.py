@@ -32,6 +32,17 @@ def test_plan_of_the_paper_works_offline(capsys: pytest.CaptureFixture[str]) -> 
         assert word in text
 
 
+def test_every_score_that_is_taken_costs_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """Alone, within a combination, or beside the one that decides."""
+    hours = []
+    for score in ("first=loo", "first=mmr", "{first: combine, combine: [loo, mmr]}", "compare=[mmr]"):
+        text = f"score={score}" if score.startswith("{") else f"score.{score}"
+        assert main(["plan", "demo", "schedule=[5]", "plan.device_tflops=1", text]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        hours.append(float(next(line for line in lines if line.startswith("H1-5")).split()[-2]))
+    assert hours[0] < hours[1] == hours[2] == hours[3]
+
+
 def test_sizes_are_those_of_the_paper_and_of_real_modules() -> None:
     config = load_config(RunConfig, config_path("apriel_h1_15b"))
     teacher = teacher_config(config)

@@ -11,6 +11,7 @@ import pytest
 
 from distill.config_merge import load_config
 from stages.cli import main
+from stages.common import open_run
 from stages.context import RunConfig, score_inputs
 from stages.score import needs
 
@@ -50,3 +51,29 @@ def test_what_a_score_does_not_read_is_no_input_of_it(tmp_path: Path, tiny: Path
     config.score.loo.questions = 5
     assert score_inputs(config.score, "combine") != after["combine"]
     assert "rows" not in needs(config.score, "combine")
+
+
+def test_the_options_of_a_score_that_is_compared_are_inputs(tiny: Path, tmp_path: Path) -> None:
+    """Rows that were taken with others are not taken for its own."""
+    found = set()
+    for options in ([], ["score.mmr.steps=7"], ["score.compare=[random,mmr]"]):
+        texts = [f"run_dir={tmp_path}", "score.compare=[mmr,random]", *options]
+        context = open_run(str(tiny / "tiny.yaml"), texts, write=False)
+        found.add(context.step(context.stages[0], "score").fingerprint)
+    assert len(found) == 3
+
+
+def test_a_score_that_is_compared_and_ranks_nothing_stops_nothing(
+    build: Callable[[list[str]], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = [
+        "score.blocks=[1,2]",
+        "schedule=[1]",
+        "score.first=last",
+        "score.given=[0]",
+        "score.compare=[given,first]",
+    ]
+    assert main(build(["score", "{tiny}/tiny.yaml", f"run_dir={tmp_path / 'run'}", *blocks])) == 0
+    record = json.loads((tmp_path / "run" / "stages" / "01-H1-1" / "score" / "scores.json").read_text())
+    assert [each["scorer"] for each in record["compared"]] == ["first"]
+    assert "warning: given has the same score for all blocks" in capsys.readouterr().out

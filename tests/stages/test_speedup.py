@@ -120,13 +120,29 @@ def test_a_run_keeps_what_its_target_resolved_to(tmp_path: Path) -> None:
     """However the device measures the next time; with another target it is resolved anew."""
     config = paper("target='1.5x at 16k'", f"run_dir={tmp_path}")
     settle(config, teacher_config(config), lambda line: None)
-    (tmp_path / "run.yaml").write_text(dump_config(dataclasses.replace(config, schedule=[25, 33])))
+    (tmp_path / "run.yaml").write_text(dump_config(dataclasses.replace(config, schedule=[25, 27, 30, 33])))
     again, other = (paper(f"target='{text} at 16k'", f"run_dir={tmp_path}") for text in ("1.5x", "1.2x"))
     lines: list[str] = []
     for each in (again, other):
         settle(each, teacher_config(each), lines.append)
-    assert again.schedule == [25, 33] and "as resolved before" in lines[0]
+    assert again.schedule == [25, 27, 30, 33] and "as resolved before" in lines[0]
     assert other.schedule[-1] < 33 and "predicted" in lines[1]
+
+
+def test_what_a_target_resolved_to_takes_other_stages_before_it(tmp_path: Path) -> None:
+    config = paper("target='1.5x at 16k'", f"run_dir={tmp_path}")
+    (tmp_path / "run.yaml").write_text(dump_config(dataclasses.replace(config, schedule=[25, 33])))
+    other = paper("target='1.5x at 16k'", f"run_dir={tmp_path}", "schedule=[10,20,40]")
+    settle(other, teacher_config(other), lambda line: None)
+    assert other.schedule == [10, 20, 33]
+
+
+def test_a_target_at_another_batch_is_another_target(tmp_path: Path) -> None:
+    config = paper("target='1.5x at 16k'", f"run_dir={tmp_path}")
+    (tmp_path / "run.yaml").write_text(dump_config(dataclasses.replace(config, schedule=[25, 49])))
+    other = paper("target='1.5x at 16k'", f"run_dir={tmp_path}", "measure.throughput.batches=[128]")
+    settle(other, teacher_config(other), lambda line: None)
+    assert other.schedule[-1] < 49
 
 
 def test_plan_shows_the_stages_that_a_target_resolves_to(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,8 @@ def test_every_score_has_a_figure(full: Path, scorer: str) -> None:
     plot = importance_plot(replace(stage, records={**stage.records, "score": scores}))
     assert plot.draw is not None and ("7 steps" in plot.caption) == (scorer != "one_to_come")
     figure = plot.draw(drawing.NARROW)
-    assert figure.axes[0].get_ylabel() == f"score ({scorer})"
+    assert figure.axes[0].get_ylabel() == f"score ({scorer})" and plot.title.endswith(f": {scorer}")
+    assert figure.axes[0].containers[0].errorbar is None, "an error of 0 is drawn where none is known"
     assert "block 3: importance 0.3000" in told(figure)
 
 

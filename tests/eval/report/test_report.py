@@ -1,5 +1,6 @@
 """The report that is written: page, figures, tables, Markdown."""
 
+import json
 import re
 import shutil
 from collections import Counter
@@ -218,3 +219,18 @@ def test_without_fine_tuning_nothing_is_said_of_it(reported: Path) -> None:
     assert run.models == list(run.stages)
     text = (reported / "report/report.html").read_text()
     assert "Fine-tuning" not in text and "Squares" not in text
+
+
+def test_what_another_program_ran_is_said_to_be(full: Path, tmp_path: Path) -> None:
+    """A GGUF file's ratio is to a teacher that PyTorch ran."""
+    run = shutil.copytree(full, tmp_path / "run")
+    measure = json.loads((run / "stages/01-H1-5/measure/measure.json").read_text())
+    folder = run / "gguf/01-H1-5-Q8_0/measure"
+    folder.mkdir(parents=True)
+    (folder / "measure.json").write_text(json.dumps({**measure, "name": "H1-5/10-Q8_0", "backend": "llama.cpp"}))
+    said = "H1-5/10-Q8_0 ran in llama.cpp and the teacher in PyTorch"
+    captions = [plot.caption for plot in plots_of(read_run(run), stage_frame(read_run(run)))]
+    assert said in captions[0] and "Squares named after a type are GGUF files" in captions[0]
+    write_report(run)
+    assert said in (run / "report/report.md").read_text()
+    assert "llama.cpp" not in plots_of(read_run(full), stage_frame(read_run(full)))[0].caption
