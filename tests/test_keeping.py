@@ -72,7 +72,11 @@ def same(file: Path, model: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("losses", "step"), [({2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0}, 4), ({2: 3.0, 4: 2.0, 6: 2.5, 8: 1.0}, 8)]
+    ("losses", "step"),
+    [
+        ({2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0}, 4),
+        pytest.param({2: 3.0, 4: 2.0, 6: 2.5, 8: 1.0}, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_of_those_that_were_evaluated_is_kept(
     llama: Any, traces: Traces, tmp_path: Path, losses: dict[int, float], step: int

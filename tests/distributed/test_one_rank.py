@@ -22,6 +22,7 @@ from tests.distributed import ranks_worker
 from tests.distributed.conftest import ROOT, environment
 from tests.distributed.ranks_worker import BAD, BATCH, LENGTH, STEPS, WORKERS
 
+pytestmark = pytest.mark.slow  # ten trainings of two processes, a minute
 RANKS = (0, 1)
 
 

@@ -143,6 +143,7 @@ def test_fsdp_trains_as_one_process_and_goes_on(
     assert end["model.embed_tokens.weight"].equal(start["model.embed_tokens.weight"]), "it was frozen"
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(swapped: Path, tmp_path: Path) -> None:
     """Each takes every other candidate, of LOO and of MMR in lockstep; the records are those of one process."""
     given, found = str(swapped.with_name("tiny.yaml")), []

@@ -61,7 +61,7 @@ def of(setup: Setup, **options: Any) -> dict[str, Any]:
     return mmr.score(setup)
 
 
-@pytest.mark.parametrize("trainable", ["all", "mixer"])
+@pytest.mark.parametrize("trainable", [pytest.param("all", marks=pytest.mark.slow), "mixer"])
 def test_halving_stops_the_worse_and_changes_no_figure(hybrid_setup: Setup, trainable: str) -> None:  # noqa: F811
     whole = of(hybrid_setup, trainable=trainable, halving_check=True)
     halved = of(hybrid_setup, trainable=trainable, halving=True)

@@ -121,7 +121,7 @@ def test_no_such_candidate(
 
 
 def test_every_score_can_be_joined() -> None:
-    """Each that scores candidates apart has an order of its own; the shared figures and the order of keys are those of one record."""
+    """Each that scores apart has an order of its own; shared figures and the order of keys are those of one record."""
     rows = [
         {"block": block, "score": score, "stderr": 0.1, "loglikelihood": -float(block), "loss_end": score}
         for block, score in ((4, 0.5), (1, 0.9), (2, 0.1))

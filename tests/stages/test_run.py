@@ -44,7 +44,7 @@ measure:
 """
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(params=["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A config for a run on a tiny random teacher."""
     torch.manual_seed(0)
