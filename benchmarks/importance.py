@@ -243,13 +243,14 @@ def teachers(tokenizer: Any, args: argparse.Namespace) -> Any:
         model = LlamaForCausalLM(config)
         if before is not None and layers % before.config.num_hidden_layers == 0:
             repeat = layers // before.config.num_hidden_layers
-            state = before.state_dict()
-            for name in list(state):
-                if name.startswith("model.layers."):
-                    block, rest = name.removeprefix("model.layers.").split(".", 1)
-                    tensor = state.pop(name)
-                    for place in range(int(block) * repeat, (int(block) + 1) * repeat):
-                        state[f"model.layers.{place}.{rest}"] = tensor / (repeat if is_output(rest) else 1)
+            state: dict[str, Any] = {}
+            for name, tensor in before.state_dict().items():
+                if not name.startswith("model.layers."):
+                    state[name] = tensor
+                    continue
+                block, rest = name.removeprefix("model.layers.").split(".", 1)
+                for place in range(int(block) * repeat, (int(block) + 1) * repeat):
+                    state[f"model.layers.{place}.{rest}"] = tensor / (repeat if is_output(rest) else 1)
             model.load_state_dict(state)
         loss, steps = train(model, tokenizer, args)
         print(f"teacher of {layers} blocks: {steps} steps, loss {loss:.3f}", flush=True)
