@@ -133,6 +133,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages.slurm",
         "stages.speedup",
         "stages.targets",
+        "stages.options",
         "stages.checkpoints",
         "stages.gguf_files",
         "stages.training",
