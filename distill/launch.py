@@ -53,10 +53,9 @@ def verdict(codes: dict[int, int]) -> tuple[int, str]:
     """
     ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
     causes = {rank: code for rank, code in codes.items() if code not in ended} or codes
-    if told := [code for code in causes.values() if code > 0]:
-        return told[0], ""
-    names = ", ".join(f"rank {rank} by {signal.Signals(-code).name}" for rank, code in sorted(causes.items()))
-    return LOST, f"ended from outside: {names}; the same command continues"
+    killed = [f"rank {rank} by {signal.Signals(-code).name}" for rank, code in sorted(causes.items()) if code < 0]
+    text = f"ended from outside: {', '.join(killed)}; the same command continues" if killed else ""
+    return next((code for code in causes.values() if code > 0), LOST), text
 
 
 if __name__ == "__main__":
