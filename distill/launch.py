@@ -53,9 +53,10 @@ def verdict(codes: dict[int, int]) -> tuple[int, str]:
     """
     ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
     causes = {rank: code for rank, code in codes.items() if code not in ended} or codes
-    killed = [f"rank {rank} by {signal.Signals(-code).name}" for rank, code in sorted(causes.items()) if code < 0]
-    text = f"ended from outside: {', '.join(killed)}; the same command continues" if killed else ""
-    return next((code for code in causes.values() if code > 0), LOST), text
+    told = [code for code in causes.values() if code > 0]
+    killed = {rank: code for rank, code in causes.items() if code < 0 and not (told and code in ended)}
+    names = ", ".join(f"rank {rank} by {signal.Signals(-code).name}" for rank, code in sorted(killed.items()))
+    return told[0] if told else LOST, f"ended from outside: {names}; the same command continues" if names else ""
 
 
 if __name__ == "__main__":

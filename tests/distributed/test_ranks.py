@@ -95,8 +95,9 @@ def test_exit_codes() -> None:
     assert verdict({0: 75, 1: -15}) == (75, "")
     assert verdict({0: 143, 1: 2}) == (2, "")
     assert verdict({0: -15, 1: 143}) == (143, "")
-    code, text = verdict({0: 143, 1: -9})
-    assert code == 76 and "rank 1 by SIGKILL" in text and "rank 0" not in text
+    for others in (143, 76):  # ended by torchrun, or by itself, because it missed the other
+        code, text = verdict({0: others, 1: -9})
+        assert code == 76 and "rank 1 by SIGKILL" in text and "rank 0" not in text
 
 
 def test_engines_that_need_a_launcher_say_so(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import subprocess
 import time
@@ -96,10 +95,7 @@ def test_processes_killed_anywhere(alone: Path, swapped: Path, tmp_path: Path) -
         else:
             processes[int(victim[-1])].kill()
             assert job.wait(60) == 76, "a lost process ends the job, with the code that says so"
-            said = run.with_name(
-                run.name + ".log"
-            ).read_text()  # by the launcher, or by the other rank, whoever is first
-            assert f"{victim} by SIGKILL" in said or re.search(rf"{victim} \([^)]*\) is gone", said), said[-3000:]
+            assert f"{victim} by SIGKILL" in run.with_name(run.name + ".log").read_text()
         assert time.monotonic() - began < 60
         hits[victim] += 1
         whole = list(checkpoints_of(run / STAGE / "train.partial/checkpoints").values())
