@@ -8,10 +8,14 @@ embeddings, and its hybrid with every second mixer swapped; rows of 1,024 tokens
 forward and backward of reverse KL alone, from hidden states to their gradient and that of the student's head. *step*:
 teacher, student, loss, backward, AdamW. Every figure comes from a process of its own, the contenders in turn, in some
 rounds. Times are the fastest; beside them stands for how long cores were busy, which other work on the machine hardly
-changes. Peak memory is the process's largest resident size, models and libraries included. TRL: ``DistillationTrainer``
-at beta 1 (its trainer's loss; generation left out). Liger: ``LigerFusedLinearJSDLoss`` at beta 1 in its own chunks, as
-it is (*liger*), and with its torch.compile, where there is a C++ compiler (*liger_compiled*). All are handed the valid
-targets only. The last line of output is JSON.
+changes. Peak memory is the process's largest resident size, models and libraries included.
+
+All get what a step has: hidden states of every token, and labels in which those of the prompt are ignored. TRL:
+``DistillationTrainer`` at beta 1 (its trainer's loss, which leaves the ignored out as ours does; generation left out).
+Liger: ``LigerFusedLinearJSDLoss`` at beta 1 in its own chunks, as it is (*liger*), and with its torch.compile, where
+there is a C++ compiler (*liger_compiled*): it projects what is ignored too, and then masks it. *liger_targets* is the
+latter for a caller who picks the targets out by himself. The plain loss is handed the targets only. The last line of
+output is JSON.
 """
 
 from __future__ import annotations
@@ -33,8 +37,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LIGER = Path(os.environ.get("LIGER", ROOT / ".venv" / "liger"))
-CONTENDERS = ("ours", "trl", "liger", "plain", *(["liger_compiled"] if shutil.which("g++") else []))
-PEERS = tuple(name for name in CONTENDERS if name not in ("ours", "plain"))
+CONTENDERS = ("ours", "trl", "liger", "plain", *(["liger_compiled", "liger_targets"] if shutil.which("g++") else []))
+PEERS = tuple(name for name in CONTENDERS if name not in ("ours", "plain", "liger_targets"))
+IGNORED = -100
 LENGTH, PROMPT, WIDTH, BLOCKS = 1024, 128, 512, 8
 
 
@@ -79,6 +84,7 @@ def compare(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
     busy = loss["ours"]["busy"]
     return {
         "loss_speed_ratio_best_peer": min(loss[who]["seconds"] for who in PEERS) / loss["ours"]["seconds"],
+        "loss_speed_ratio_targets_only": min(loss[w]["seconds"] for w in CONTENDERS[1:]) / loss["ours"]["seconds"],
         "loss_speed_ratio": {who: loss[who]["seconds"] / loss["ours"]["seconds"] for who in CONTENDERS[1:]},
         "loss_busy_ratio_best_peer": min(loss[who]["busy"] for who in PEERS) / loss["ours"]["busy"],
         "loss_share_of_products": loss["ours"]["products"] / busy,
@@ -167,14 +173,14 @@ def loss_alone(who: str, vocabulary: int, tokens: int) -> tuple[Callable[[], flo
     import torch
     from torch import nn
 
-    n = targets_of(tokens)
-    teacher_hidden = torch.randn(1, n, WIDTH)
-    hidden = (teacher_hidden + 0.3 * torch.randn(1, n, WIDTH)).requires_grad_()
+    teacher_hidden = torch.randn(tokens // LENGTH, LENGTH, WIDTH)
+    hidden = (teacher_hidden + 0.3 * torch.randn_like(teacher_hidden)).requires_grad_()
     head, teacher_head = (nn.Linear(WIDTH, vocabulary, bias=False) for _ in range(2))
     nn.init.normal_(teacher_head.weight, std=WIDTH**-0.5).requires_grad_(False)
     with torch.no_grad():
         head.weight.copy_(teacher_head.weight).add_(torch.randn_like(head.weight), alpha=0.2 * WIDTH**-0.5)
-    targets = torch.randint(vocabulary, (1, n))
+    targets = torch.randint(vocabulary, hidden.shape[:2])
+    targets[:, :PROMPT] = IGNORED
 
     def run() -> float:
         hidden.grad = head.weight.grad = None
@@ -186,34 +192,38 @@ def loss_alone(who: str, vocabulary: int, tokens: int) -> tuple[Callable[[], flo
 
 
 def loss_of(who: str, hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any, targets: Any) -> Any:
-    """Mean reverse KL over targets [1, n] of hidden states [1, n, E] that predict them, as ``who`` computes it."""
+    """Mean reverse KL over the targets [B, T] that are not ignored, of the hidden states [B, T, E] that predict them:
+    as ``who`` computes it."""
     import torch
     from torch.nn import functional as F
 
-    if who == "ours":
-        from distill.losses import build_loss, head_logits, loss_through_head
-
-        rows, count = hidden.flatten(0, 1), targets.numel()
-        with head_logits(teacher_hidden.flatten(0, 1), teacher_head) as teacher:
-            return loss_through_head(
-                build_loss("reverse_kl"), rows, head, teacher, targets.flatten(), temperature=1.0, count=count
-            )
+    valid = targets != IGNORED
     if who == "trl":
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-        mask = torch.ones_like(targets)
-        return _chunked_divergence_loss(hidden, teacher_hidden, head.weight, teacher_head.weight, mask, beta=1.0)[0]
+        return _chunked_divergence_loss(
+            hidden, teacher_hidden, head.weight, teacher_head.weight, valid.long(), beta=1.0
+        )[0]
+    if who in ("liger", "liger_compiled"):
+        valid = torch.ones_like(valid)
+    rows, others, targets = hidden[valid], teacher_hidden[valid], targets[valid]
+    if who == "ours":
+        from distill.losses import build_loss, head_logits, loss_through_head
+
+        with head_logits(others, teacher_head) as teacher:
+            return loss_through_head(
+                build_loss("reverse_kl"), rows, head, teacher, targets, temperature=1.0, count=len(targets)
+            )
     if who.startswith("liger"):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        compiled = who == "liger_compiled"
-        jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
-        rows, others = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
-        return jsd(rows, head.weight, others, teacher_head.weight, targets.flatten())
-    log_q = F.log_softmax(head(hidden), -1)
+        options = {"beta": 1.0, "ignore_index": IGNORED, "compiled": who != "liger"}
+        jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, **options)
+        return jsd(rows, head.weight, others, teacher_head.weight, targets)
+    log_q = F.log_softmax(head(rows), -1)
     with torch.no_grad():
-        log_p = F.log_softmax(teacher_head(teacher_hidden), -1)
-    return F.kl_div(log_p, log_q, reduction="sum", log_target=True) / targets.numel()
+        log_p = F.log_softmax(teacher_head(others), -1)
+    return F.kl_div(log_p, log_q, reduction="sum", log_target=True) / len(targets)
 
 
 def whole_step(who: str, vocabulary: int, tokens: int) -> tuple[Callable[[], float], dict[str, float]]:
@@ -229,7 +239,7 @@ def whole_step(who: str, vocabulary: int, tokens: int) -> tuple[Callable[[], flo
     student = hybridize(model, ["mamba2", "attention"] * (BLOCKS // 2), MixerConfig(name="mamba2"), seed=0).train()
     ids = torch.randint(vocabulary, (tokens // LENGTH, LENGTH))
     labels = ids.clone()
-    labels[:, :PROMPT] = -100
+    labels[:, :PROMPT] = IGNORED
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     teacher = Teacher(model)
     inputs = {"input_ids": ids, "position_ids": torch.arange(LENGTH).expand_as(ids).contiguous()}
@@ -269,7 +279,7 @@ def our_loss(student: Any, teacher: Any, inputs: dict[str, Any], labels: Any) ->
     arguments = training_arguments(TrainConfig(batch_size=len(labels)), 10, Path(tempfile.mkdtemp()), 0)
     extra: dict[str, Any] = {"teacher": teacher, "loss": "reverse_kl", "temperature": 1.0}
     trainer = DistillTrainer(model=student, args=arguments, **extra)
-    count = (labels[:, 1:] != -100).sum()
+    count = (labels[:, 1:] != IGNORED).sum()
     return lambda: trainer.compute_loss(student, {**inputs, "labels": labels}, num_items_in_batch=count)
 
 
@@ -277,9 +287,7 @@ def other_loss(who: str, student: Any, teacher: Any, inputs: dict[str, Any], lab
     """The loss of a contender that has no trainer, inside our student's forward."""
 
     def objective(hidden: Any, head: Any) -> Any:
-        kept = slice(PROMPT - 1, -1)
-        rows = [states[:, kept].flatten(0, 1)[None] for states in (hidden, states_of_teacher)]
-        return loss_of(who, rows[0], head, rows[1], teacher.head, labels[:, PROMPT:].reshape(1, -1))
+        return loss_of(who, hidden[:, :-1], head, states_of_teacher[:, :-1], teacher.head, labels[:, 1:])
 
     states_of_teacher = teacher.hidden(inputs)
     return student(**inputs, use_cache=False, objective=objective).loss
