@@ -163,7 +163,7 @@ class Mixer(nn.Module):
         if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log, self.conv1d.weight):
             if self.b_norm is not None:
                 projected = torch.cat([z, x, b, c, dt], dim=-1)
-            return self.out_proj(self._compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
+            return self.out_proj(self.compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
         x, b = self._expand(x).flatten(-2), self._expand(b)
         c = c.unflatten(-1, (self.groups, self.d_state))
         dt = F.softplus(self.dt_proj(dt))
@@ -179,7 +179,7 @@ class Mixer(nn.Module):
         keep(past_key_values, self.layer_idx, conv_state, scan_state)
         return self.out_proj(y * F.silu(z)), None
 
-    def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    def compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
         dt = F.softplus(self.dt_proj(projected[:, -self.dt_rank :]))  # called, for it may have an adapter
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias

@@ -143,7 +143,7 @@ class Mixer(nn.Module):
         if one_token and serves(self.kernels, projected, conv_state, scan_state, self.A_log, self.conv1d.weight):
             if self.b_norm is not None:
                 projected = torch.cat([z, xbc, dt], dim=-1)
-            return self.out_proj(self._compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
+            return self.out_proj(self.compiled_step(projected[:, 0], conv_state, scan_state)[:, None]), None
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
         a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         if one_token:
@@ -158,7 +158,7 @@ class Mixer(nn.Module):
         keep(past_key_values, self.layer_idx, conv_state, scan_state)
         return self.out_proj(self.norm(y, z)), None
 
-    def _compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    def compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.ops.causal_conv1d_reference import update
 from distill.ops.cpu import array, exp, jit, spread
+from distill.ops.openmp import parallel
 
 __all__ = ["conv", "update"]
 
@@ -80,6 +81,11 @@ def _forward(first, last, padded, taps, bias, reset, y, ages):
 
 
 @jit
+def _forward_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _forward, arguments)
+
+
+@jit
 def _backward(first, last, padded, taps, bias, reset, dy, dpadded, dtaps, dbias):
     """Tasks ``first .. last - 1``. dtaps ``[tasks, K, D]`` and dbias ``[tasks, D]`` are summed by the caller; all that
     is written comes in as zeros. Tokens up to K-1 behind the segment are made again for what they send into it."""
@@ -117,6 +123,11 @@ def _backward(first, last, padded, taps, bias, reset, dy, dpadded, dtaps, dbias)
                     into_bias[d] += total[d]
 
 
+@jit
+def _backward_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _backward, arguments)
+
+
 def conv(
     x: Tensor, weight: Tensor, bias: Tensor, reset: Tensor | None = None, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -146,7 +157,7 @@ class _Conv(torch.autograd.Function):
         dpadded = np.zeros_like(padded)
         dtaps, dbias = (np.zeros((_tasks(x), *values.shape), padded.dtype) for values in (taps, bias))
         outputs = (array(dy, _dtype(x, weight)), dpadded, dtaps, dbias)
-        spread(_backward, _tasks(x), x.numel() * len(taps), *inputs, *outputs)
+        spread(_backward, _backward_team, _tasks(x), x.numel() * len(taps), *inputs, *outputs)
         before = len(taps) - 1
         # numpy adds the tasks one after the other, whatever the thread count.
         grads = (dpadded[:, before:], dtaps.sum(axis=0).T, dbias.sum(axis=0), None, dpadded[:, :before].swapaxes(1, 2))
@@ -183,7 +194,7 @@ def _run_forward(
     padded, before = inputs[0], weight.shape[1] - 1
     y = torch.empty(x.shape, dtype=_dtype(x, weight), device="cpu")
     ages = np.empty(x.shape[0], np.int64)
-    spread(_forward, _tasks(x), x.numel() * weight.shape[1], *inputs, y.numpy(), ages)
+    spread(_forward, _forward_team, _tasks(x), x.numel() * weight.shape[1], *inputs, y.numpy(), ages)
     behind = torch.arange(before - 1, -1, -1, device="cpu")  # tokens behind the last one, the oldest first
     final = torch.from_numpy(padded[:, padded.shape[1] - before :]).transpose(1, 2)
     final = final.masked_fill((behind > torch.from_numpy(ages)[:, None])[:, None], 0)

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from distill.ops import openmp
 
-SERIAL_WORK = 1 << 17  # numbers of state below which waking threads costs more than it saves
+SERIAL_WORK = 1 << 13  # numbers of state below which waking threads costs more than it saves
 
 # No nnan/ninf: a NaN that comes in has to come out. reassoc is what lets sums over N vectorise.
+Kernel = Callable[..., None]
+
 _FAST_SUMS = {"contract", "reassoc", "nsz"}
 
 
@@ -91,10 +93,11 @@ def width_of(states: int) -> tuple[int, ...]:
     return (0,) * states
 
 
-def spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Run ``kernel(first, last, ...)`` over all tasks, on several threads where the work is worth it.
+def spread(kernel: Kernel, team: Kernel, tasks: int, work: int, *arguments: Any) -> None:
+    """Run ``kernel(first, last, *arguments)`` over all tasks, on several threads where the work is worth it.
 
-    The caller takes its share, beside PyTorch's threads or, where these cannot be had, some of our own.
+    ``team`` is the compiled function by which PyTorch's threads take it, beside every kernel: a call of
+    ``openmp.parallel``, which needs the kernel's name. Where these threads cannot be had, it is some of our own.
     """
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1 or work < SERIAL_WORK:
@@ -102,15 +105,15 @@ def spread(kernel: Callable[..., None], tasks: int, work: int, *arguments: Any) 
         return
     # More pieces than threads, and a busy core holds up less; but neighbours together, and memory is read in order.
     pieces = max(threads, min(4 * threads, tasks // 8))
+    if (address := openmp.team()) is not None:
+        team(address, threads, tasks, pieces, arguments)
+        return
     edges = itertools.pairwise([tasks * piece // pieces for piece in range(pieces + 1)])
 
     def take() -> None:
         for edge in edges:  # shared: whoever is free takes the next
             kernel(*edge, *arguments)
 
-    if (run := openmp.team()) is not None:
-        run(take, threads)
-        return
     jobs = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
     take()
     for job in jobs:

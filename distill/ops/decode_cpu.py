@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.ops.cpu import array, exp, jit, spread, width_of
+from distill.ops.openmp import parallel
 
 
 @jit
@@ -74,6 +75,11 @@ def _mamba1(first, last, projected, dt, taps, bias, A_log, D, source, conv_state
                 y[b, d] = (total + D[d] * rows[0, p]) * rows[1, p]
 
 
+@jit
+def _mamba1_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _mamba1, arguments)
+
+
 @functools.cache
 def _sources(heads: int, kv_heads: int, chunks: int, faithful: bool) -> Any:
     """The key/value-sized chunk that each of ``heads * chunks`` groups reads (``Mixer._expand`` as a table)."""
@@ -111,7 +117,15 @@ def mamba1(
     y = torch.empty(batch, inner, dtype=torch.float32, device="cpu")  # whatever the defaults are
     views = (conv_state.numpy(), state.numpy(), y.numpy())
     spread(
-        _mamba1, inner // states, state.numel(), *arrays, source, *views, width_of(states), width_of(taps.shape[1] - 1)
+        _mamba1,
+        _mamba1_team,
+        inner // states,
+        state.numel(),
+        *arrays,
+        source,
+        *views,
+        width_of(states),
+        width_of(taps.shape[1] - 1),
     )
     return y
 
@@ -153,6 +167,11 @@ def _mamba2(first, last, projected, taps, bias, dt_bias, A_log, D, weight, eps, 
                 y[b, start + p] = rows[4, p] * scale * weight[start + p]
 
 
+@jit
+def _mamba2_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _mamba2, arguments)
+
+
 def mamba2(
     projected: Tensor,
     taps: Tensor,
@@ -177,5 +196,5 @@ def mamba2(
     y = torch.empty(batch, heads * width, dtype=torch.float32, device="cpu")
     views = (conv_state.numpy(), state.numpy(), y.numpy(), width_of(width), width_of(taps.shape[1] - 1))
     work = state.numel() // 3  # as mamba1 counts: no exponential for each number of the state
-    spread(_mamba2, heads, work, *arrays, np.float32(eps), *views)
+    spread(_mamba2, _mamba2_team, heads, work, *arrays, np.float32(eps), *views)
     return y

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.ops.cpu import array, exp, jit, spread
+from distill.ops.openmp import parallel
 
 BLOCK = 512  # logits summed in float32
 
@@ -103,6 +104,11 @@ def _rows(first, last, z, t, targets, weights, inverse, scale, gradients, losses
             made[y] -= np.float32(scale * target)
 
 
+@jit
+def _rows_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _rows, arguments)
+
+
 def divergence(
     student: Tensor,
     teacher: Tensor,
@@ -126,5 +132,5 @@ def divergence(
     z, t, y = array(student, torch.float32), array(teacher, torch.float32), array(targets, torch.int64)
     made = np.empty((n, 0), np.float32) if gradient is None else gradient.numpy()
     inverse = np.float32(1 / temperature)
-    spread(_rows, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), made, losses)
+    spread(_rows, _rows_team, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), made, losses)
     return torch.from_numpy(losses)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.ops.cpu import array, exp, jit, spread, width_of
+from distill.ops.openmp import parallel
 from distill.ops.selective_scan_reference import compute_dtype
 
 CHECKPOINT_EVERY = 32
@@ -75,6 +76,11 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
                     for n in range(N):
                         state[b, group * P + p, n] = rows[p, n]
         task = upto
+
+
+@jit
+def _forward_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _forward, arguments)
 
 
 @jit
@@ -160,6 +166,11 @@ def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, d
 
 
 @jit
+def _backward_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _backward, arguments)
+
+
+@jit
 def _update(first, last, x, dt, A, B, C, D, state, y, width):
     """One token of tasks ``first .. last - 1``; ``state`` is overwritten."""
     N, G = len(width), B.shape[1]
@@ -176,6 +187,11 @@ def _update(first, last, x, dt, A, B, C, D, state, y, width):
                 state[b, d, n] = h
                 total += h * C[b, group, n]
             y[b, d] = total + D[d] * x[b, d]
+
+
+@jit
+def _update_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _update, arguments)
 
 
 def scan(
@@ -201,7 +217,7 @@ def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     """`selective_scan_update` on CPU tensors that have been checked; shapes as there."""
     arrays = [array(tensor, state.dtype) for tensor in (x, dt, A, B, C, D, state)]
     y = np.empty_like(arrays[0])
-    spread(_update, x.shape[0] * B.shape[1], state.numel(), *arrays, y, width_of(A.shape[1]))
+    spread(_update, _update_team, x.shape[0] * B.shape[1], state.numel(), *arrays, y, width_of(A.shape[1]))
     out = torch.from_numpy(y)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -229,7 +245,16 @@ class _Scan(torch.autograd.Function):
         inputs = (x_, dt_, A_, B_, C_, D_, reset_, checkpoints.numpy(), dy_)
         outputs = (dx, ddt, dA, dB, dC, dD, dstate)
         work = x.numel() * A.shape[1]
-        spread(_backward, batch * B.shape[2], work, *inputs, *outputs, width_of(A.shape[1]), CHECKPOINT_EVERY)
+        spread(
+            _backward,
+            _backward_team,
+            batch * B.shape[2],
+            work,
+            *inputs,
+            *outputs,
+            width_of(A.shape[1]),
+            CHECKPOINT_EVERY,
+        )
         # numpy adds the batch rows one after the other, whatever the thread count.
         grads = (dx, ddt, dA.sum(axis=0), dB, dC, dD.sum(axis=0), None, dstate)
         return tuple(
@@ -263,5 +288,5 @@ def _run_forward(
     arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]
-    spread(_forward, batch * B.shape[2], x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
+    spread(_forward, _forward_team, batch * B.shape[2], x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
     return y.to(x.dtype), state, checkpoints

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill.ops.cpu import array, exp, jit, spread, width_of
+from distill.ops.openmp import parallel
 from distill.ops.selective_scan_reference import compute_dtype
 
 CHECKPOINT_EVERY = 32
@@ -67,6 +68,11 @@ def _forward(first, last, x, dt, A, B, C, D, reset, state, y, checkpoints, width
                             total += new * vectors[N + n]
                         y[b, t, head, p] = total + D[head] * value
         task = upto
+
+
+@jit
+def _forward_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _forward, arguments)
 
 
 @jit
@@ -156,6 +162,11 @@ def _backward(first, last, x, dt, A, B, C, D, reset, checkpoints, dy, dx, ddt, d
 
 
 @jit
+def _backward_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _backward, arguments)
+
+
+@jit
 def _update(first, last, x, dt, A, B, C, D, state, y, width):
     """Tasks ``first .. last - 1``, each one (batch row, head); ``state`` is overwritten."""
     N, H = len(width), state.shape[1]
@@ -173,6 +184,11 @@ def _update(first, last, x, dt, A, B, C, D, state, y, width):
                 state[b, h, p, n] = value
                 total += value * C[b, group, n]
             y[b, h, p] = total + D[h] * x[b, h, p]
+
+
+@jit
+def _update_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _update, arguments)
 
 
 def scan(
@@ -198,7 +214,7 @@ def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     """`distill.ops.ssd.ssd_update` on CPU tensors; shapes as there."""
     arrays = [array(tensor, state.dtype) for tensor in (x, dt, A, B, C, D, state)]
     y = np.empty_like(arrays[0])
-    spread(_update, state.shape[0] * state.shape[1], state.numel(), *arrays, y, width_of(state.shape[3]))
+    spread(_update, _update_team, state.shape[0] * state.shape[1], state.numel(), *arrays, y, width_of(state.shape[3]))
     out = torch.from_numpy(y)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -228,7 +244,7 @@ class _Scan(torch.autograd.Function):
         marks = _NO_RESET if reset is None else reset.contiguous().numpy()
         outputs = (dx, ddt, dB, dC, sums, dstate)
         inputs = (*arrays, marks, checkpoints.numpy(), array(dy, dtype))
-        spread(_backward, batch * heads, x.numel() * states, *inputs, *outputs, CHECKPOINT_EVERY)
+        spread(_backward, _backward_team, batch * heads, x.numel() * states, *inputs, *outputs, CHECKPOINT_EVERY)
         if groups != heads:
             dB, dC = (grad.reshape(batch, length, groups, heads // groups, states).sum(axis=3) for grad in (dB, dC))
         # numpy adds the batch rows one after the other, whatever the thread count.
@@ -265,5 +281,5 @@ def _run_forward(
     arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]
-    spread(_forward, batch * heads, x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
+    spread(_forward, _forward_team, batch * heads, x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
     return y.to(x.dtype), state, checkpoints

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.ops.cpu import array, exp, jit, spread
+from distill.ops.openmp import parallel
 
 PIECE = 64  # keys at a time: their scores and the values stay in the first-level cache
 
@@ -93,6 +94,11 @@ def _attend(first, last, query, keys, values, places, out, scale):
                 out[head, g, p] = total[g, p] * share
 
 
+@jit
+def _attend_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _attend, arguments)
+
+
 def _flat(tensor: Tensor) -> Any:
     """All that lies between the first and the last element of ``tensor``, as one contiguous row."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
@@ -111,7 +117,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     out = torch.empty(batch, heads, 1, width, dtype=torch.float32, device="cpu")
     into = out.numpy().reshape(grouped.shape)
     spread(
-        _attend, batch * kv_heads, batch * kv_heads * tokens * width,
+        _attend, _attend_team, batch * kv_heads, batch * kv_heads * tokens * width,
         grouped, _flat(keys), _flat(values), (kv_heads, tokens, *keys.stride()[:3]), into, np.float32(scale),
     )  # fmt: skip
     return out

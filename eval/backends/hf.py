@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill.hybrid import decoding
 from distill.machine import free_memory
 from distill.teacher import load_model
 from eval.backends.attention import Filled, configs_of, in_place_attention
@@ -47,8 +48,11 @@ class Decoder:
     def step(self) -> None:
         """One token for every sequence."""
         with in_place_attention(self.configs):
-            output = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.tokens = output.logits[:, -1:].argmax(-1)
+            logits = decoding.step(self.model, self.tokens, self.cache, None, None)
+            if logits is None:
+                inputs = {"input_ids": self.tokens, "past_key_values": self.cache, "use_cache": True}
+                logits = self.model(**inputs, logits_to_keep=1).logits
+        self.tokens = logits[:, -1:].argmax(-1)
 
     def move_to(self, filled: int) -> None:
         """Say that ``filled`` tokens are in the cache."""

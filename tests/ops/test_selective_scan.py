@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -169,20 +169,21 @@ def test_extreme_steps_and_decays(largest: float) -> None:
 @pytest.mark.parametrize("threads_are", ["PyTorch's", "ours"])
 def test_same_bits_on_repeat_and_for_any_thread_count(threads_are: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teams: list[int] = []
-    openmp_run, real_pool = openmp.team(), tools._pool
-    if openmp_run is None and threads_are == "PyTorch's":
+    real_team, real_pool = cpu._forward_team, tools._pool
+    if openmp.team() is None and threads_are == "PyTorch's":
         pytest.skip("PyTorch has another OpenMP than GNU's here")
 
-    def team(work: Callable[[], None], threads: int) -> None:
+    def team(address: int, threads: int, *rest: Any) -> None:
         teams.append(threads)
-        assert openmp_run is not None
-        openmp_run(work, threads)
+        real_team(address, threads, *rest)
 
     def pool(threads: int) -> ThreadPoolExecutor:
         teams.append(threads + 1)  # and the thread that calls
         return real_pool(threads)
 
-    monkeypatch.setattr(openmp, "team", lambda: team if threads_are == "PyTorch's" else None)
+    monkeypatch.setattr(cpu, "_forward_team", team)
+    if threads_are == "ours":
+        monkeypatch.setattr(openmp, "team", lambda: None)
     monkeypatch.setattr(tools, "_pool", pool)
     monkeypatch.setattr(tools, "SERIAL_WORK", 0)
     operands = make(3, 100, 2, resets=True, state=True)

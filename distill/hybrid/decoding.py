@@ -1,0 +1,143 @@
+"""One token for a batch without the calls around the work: what a block does beside its mixer is one compiled pass.
+
+The family's own forward is the reference, and serves every case but this one: float32 on CPU, a cache that holds what
+came before, no gradients, modules as the family made them (no adapters, no hooks, no offloading), blocks small enough.
+It is the same step for a hybrid and for its teacher, so that neither is timed with what the other lacks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3MLP, SmolLM3RMSNorm
+
+from distill.hybrid.reading import Reader
+from distill.ops.kernels import has_numba
+from distill.ops.kernels import serves as kernels_serve
+from distill.ops.states import carried
+
+BLOCKS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, SmolLM3DecoderLayer)
+"""Blocks of the form x + mixer(norm(x)), then x + mlp(norm(x)). (Granite scales its residuals.)"""
+MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP)
+NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm)
+SILU = type(ACT2FN["silu"])
+LARGEST = 1 << 20
+"""Weights of an MLP from which on PyTorch's own products are worth their calls."""
+
+
+def step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """Logits ``[B, 1, V]`` of one more token ``[B, 1]``, which the cache takes in; None where this is no case for it,
+    and nothing has been done.
+
+    Args:
+        model: a causal LM of transformers, hybrid or not. mask: of padding, ``[B, S + 1]``. positions: ``[B or 1, 1]``.
+    """
+    if tokens.shape[1] != 1 or cache is None or not serves(model) or not reads(model, cache, mask, tokens.shape):
+        return None
+    backbone, config = model.model, model.config
+    blocks = backbone.layers[: config.num_hidden_layers]
+    hidden = backbone.embed_tokens(tokens)
+    if positions is None:
+        positions = torch.full((1, 1), cache.get_seq_length(), device=tokens.device)
+    options: dict[str, Any] = {
+        "attention_mask": create_causal_mask(
+            config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=positions
+        ),
+        "position_ids": positions,
+        "past_key_values": cache,
+        "use_cache": True,
+        "position_embeddings": backbone.rotary_emb(hidden, positions),
+    }
+    from distill.ops import block_cpu  # only here: it needs numba
+
+    mixers = [block.self_attn for block in blocks]
+    states = [_states(mixer, cache) for mixer in mixers]
+    inputs = [mixer.in_proj.weight if found else None for mixer, found in zip(mixers, states, strict=True)]
+    norms = [*(block.input_layernorm for block in blocks), backbone.norm]
+    carry, hidden = norms[0](hidden)[:, 0], hidden[:, 0]
+    if states[0]:
+        carry = mixers[0].in_proj(carry)
+    for place, (block, mixer) in enumerate(zip(blocks, mixers, strict=True)):
+        project = None
+        if found := states[place]:
+            mixed, project = mixer.compiled_step(carry, *found), mixer.out_proj.weight
+        else:
+            mixed = mixer(hidden_states=carry[:, None], **options)[0][:, 0]
+        mlp, norm, following = block.mlp._modules, block.post_attention_layernorm, norms[place + 1]
+        hidden, carry = block_cpu.rest(
+            hidden,
+            mixed,
+            project,
+            (norm.weight, norm.variance_epsilon),
+            (mlp["gate_proj"].weight, mlp["up_proj"].weight, mlp["down_proj"].weight),
+            (following.weight, following.variance_epsilon),
+            inputs[place + 1] if place + 1 < len(blocks) else None,
+        )
+    logits: Tensor = model.lm_head(carry[:, None])
+    return logits
+
+
+def serves(model: Any) -> bool:
+    """Whether the blocks of ``model`` are such as the compiled pass computes."""
+    backbone, config = model.model, model.config
+    if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or not has_numba():
+        return False
+    if getattr(backbone, "has_sliding_layers", False) or getattr(config, "sliding_window", None):
+        return False
+    if any(not isinstance(hook, Reader) for hook in backbone._forward_pre_hooks.values()) or backbone._forward_hooks:
+        return False
+    return _plain(backbone.norm, NORMS) and all(_fits(block) for block in backbone.layers)
+
+
+def reads(model: Any, cache: Any, mask: Tensor | None, shape: torch.Size) -> bool:
+    """Whether a hybrid's mixers need nothing beside the token: rows have begun, and padding is behind them."""
+    hooks = [hook for hook in model.model._forward_pre_hooks.values() if isinstance(hook, Reader)]
+    return all(hook.decodes(cache, mask, shape) for hook in hooks)
+
+
+def _states(mixer: Any, cache: Any) -> tuple[Tensor, Tensor] | None:
+    """The states of a mixer that is nothing but its two projections and a compiled step between them; else None."""
+    if not hasattr(mixer, "compiled_step"):
+        return None
+    own = [module for name, module in mixer._modules.items() if name not in ("in_proj", "out_proj", "dt_proj")]
+    if mixer.b_norm is not None or not all(_linear(layer) for layer in (mixer.in_proj, mixer.out_proj)):
+        return None
+    if not _plain(mixer, (type(mixer),)) or not all(_plain(module, (type(module),)) for module in own if module):
+        return None
+    states = carried(cache, mixer.layer_idx)
+    return states if kernels_serve(mixer.kernels, *states, mixer.A_log, mixer.conv1d.weight) else None
+
+
+def _fits(block: nn.Module) -> bool:
+    # A module's own __getattr__ costs ten times a dictionary's look-up, and this is asked for every block and token.
+    parts = block._modules
+    mlp: Any = parts["mlp"]
+    return (
+        _plain(block, BLOCKS)
+        and _plain(mlp, MLPS)
+        and type(mlp._modules["act_fn"]) is SILU
+        and _plain(parts["input_layernorm"], NORMS)
+        and _plain(parts["post_attention_layernorm"], NORMS)
+        and all(_linear(mlp._modules[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+    )
+
+
+def _plain(module: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether calling ``module`` is what its class says, and no more: no hook, no other forward put in its place."""
+    own = module.__dict__
+    return type(module) in kinds and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+def _linear(layer: Any) -> bool:
+    if not _plain(layer, (nn.Linear,)) or layer._parameters["bias"] is not None:
+        return False
+    weight = layer._parameters["weight"]
+    return weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and 0 < weight.numel() <= LARGEST
