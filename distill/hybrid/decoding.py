@@ -13,21 +13,26 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3RMSNorm
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3MLP, SmolLM3RMSNorm
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from distill.hybrid.reading import Reader
 from distill.ops.kernels import has_numba
 from distill.ops.kernels import serves as kernels_serve
 from distill.ops.states import carried
 
-BLOCKS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, SmolLM3DecoderLayer)
-"""Blocks of the form x + mixer(norm(x)), then x + mlp(norm(x)). (Granite scales its residuals.)"""
-MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP)
-NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm)
+BACKBONES: dict[type, tuple[type, type, type]] = {
+    llama.LlamaModel: (llama.LlamaDecoderLayer, llama.LlamaMLP, llama.LlamaRMSNorm),
+    mistral.MistralModel: (mistral.MistralDecoderLayer, mistral.MistralMLP, mistral.MistralRMSNorm),
+    qwen2.Qwen2Model: (qwen2.Qwen2DecoderLayer, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm),
+    qwen3.Qwen3Model: (qwen3.Qwen3DecoderLayer, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
+    smollm3.SmolLM3Model: (smollm3.SmolLM3DecoderLayer, smollm3.SmolLM3MLP, smollm3.SmolLM3RMSNorm),
+}
+"""Those whose blocks are x + mixer(norm(x)), then x + mlp(norm(x)), and the classes of their parts. (Granite scales its
+residuals.)"""
 SILU = type(ACT2FN["silu"])
 LARGEST = 1 << 20
 """Weights of an MLP from which on PyTorch's own products are worth their calls."""
@@ -40,7 +45,9 @@ def step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None, positions:
     Args:
         model: a causal LM of transformers, hybrid or not. mask: of padding, ``[B, S + 1]``. positions: ``[B or 1, 1]``.
     """
-    if tokens.shape[1] != 1 or cache is None or not serves(model) or not reads(model, cache, mask, tokens.shape):
+    if tokens.shape[1] != 1 or cache is None or isinstance(mask, dict):
+        return None
+    if not serves(model) or not reads(model, cache, mask, tokens.shape):
         return None
     backbone, config = model.model, model.config
     blocks = backbone.layers[: config.num_hidden_layers]
@@ -85,16 +92,27 @@ def step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None, positions:
     return logits
 
 
+def only_asks_for(options: dict[str, Any]) -> bool:
+    """Whether ``options`` of a forward ask for nothing but logits, in the output of transformers' own kind."""
+    asked = {name for name, value in options.items() if value is not None}
+    return asked <= {"return_dict", "cache_position"} and options.get("return_dict") is not False
+
+
 def serves(model: Any) -> bool:
     """Whether the blocks of ``model`` are such as the compiled pass computes."""
-    backbone, config = model.model, model.config
-    if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or not has_numba():
+    backbone, config = getattr(model, "model", None), model.config
+    kinds = BACKBONES.get(type(backbone))
+    if kinds is None or torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or not has_numba():
         return False
-    if getattr(backbone, "has_sliding_layers", False) or getattr(config, "sliding_window", None):
+    window = kinds[0] is mistral.MistralDecoderLayer and config.sliding_window is not None
+    if window or getattr(backbone, "has_sliding_layers", False):
         return False
-    if any(not isinstance(hook, Reader) for hook in backbone._forward_pre_hooks.values()) or backbone._forward_hooks:
+    if config.output_hidden_states or config.output_attentions or not config.return_dict:
         return False
-    return _plain(backbone.norm, NORMS) and all(_fits(block) for block in backbone.layers)
+    assert backbone is not None
+    if backbone._forward_hooks or any(not isinstance(hook, Reader) for hook in backbone._forward_pre_hooks.values()):
+        return False
+    return _plain(backbone.norm, kinds[2]) and all(_fits(block, *kinds) for block in backbone.layers)
 
 
 def reads(model: Any, cache: Any, mask: Tensor | None, shape: torch.Size) -> bool:
@@ -110,34 +128,34 @@ def _states(mixer: Any, cache: Any) -> tuple[Tensor, Tensor] | None:
     own = [module for name, module in mixer._modules.items() if name not in ("in_proj", "out_proj", "dt_proj")]
     if mixer.b_norm is not None or not all(_linear(layer) for layer in (mixer.in_proj, mixer.out_proj)):
         return None
-    if not _plain(mixer, (type(mixer),)) or not all(_plain(module, (type(module),)) for module in own if module):
+    if not all(_plain(module, type(module)) for module in (mixer, *own) if module is not None):
         return None
     states = carried(cache, mixer.layer_idx)
     return states if kernels_serve(mixer.kernels, *states, mixer.A_log, mixer.conv1d.weight) else None
 
 
-def _fits(block: nn.Module) -> bool:
+def _fits(block: nn.Module, kind: type, mlp_kind: type, norm: type) -> bool:
     # A module's own __getattr__ costs ten times a dictionary's look-up, and this is asked for every block and token.
     parts = block._modules
     mlp: Any = parts["mlp"]
     return (
-        _plain(block, BLOCKS)
-        and _plain(mlp, MLPS)
+        _plain(block, kind)
+        and _plain(mlp, mlp_kind)
         and type(mlp._modules["act_fn"]) is SILU
-        and _plain(parts["input_layernorm"], NORMS)
-        and _plain(parts["post_attention_layernorm"], NORMS)
+        and _plain(parts["input_layernorm"], norm)
+        and _plain(parts["post_attention_layernorm"], norm)
         and all(_linear(mlp._modules[name]) for name in ("gate_proj", "up_proj", "down_proj"))
     )
 
 
-def _plain(module: Any, kinds: tuple[type, ...]) -> bool:
+def _plain(module: Any, kind: type) -> bool:
     """Whether calling ``module`` is what its class says, and no more: no hook, no other forward put in its place."""
     own = module.__dict__
-    return type(module) in kinds and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+    return type(module) is kind and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def _linear(layer: Any) -> bool:
-    if not _plain(layer, (nn.Linear,)) or layer._parameters["bias"] is not None:
+    if not _plain(layer, nn.Linear) or layer._parameters["bias"] is not None:
         return False
     weight = layer._parameters["weight"]
     return weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and 0 < weight.numel() <= LARGEST

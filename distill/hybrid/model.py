@@ -122,12 +122,11 @@ class HybridCausalLMMixin(Generation, HybridMixin):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        if objective is None and labels is None and past_key_values is not None and use_cache is not False:
-            asked = {key for key, value in kwargs.items() if value is not None} - {"return_dict", "cache_position"}
-            if input_ids is not None and inputs_embeds is None and not asked and kwargs.get("return_dict") is not False:
-                logits = decoding.step(self, input_ids, past_key_values, attention_mask, position_ids)
-                if logits is not None:
-                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        nothing_else = objective is None and labels is None and inputs_embeds is None and use_cache is not False
+        if nothing_else and self._is_stateful and input_ids is not None and decoding.only_asks_for(kwargs):
+            logits = decoding.step(self, input_ids, past_key_values, attention_mask, position_ids)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         if objective is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)  # type: ignore[misc]
         hidden = self.model(**inputs, **kwargs).last_hidden_state

@@ -1,5 +1,5 @@
-"""One token from a mixer to the next on CPU, in one compiled pass: the mixer's output projection, the residual, the norm
-behind it, the gated MLP, its residual, the next norm and the next mixer's input projection.
+"""One token from a mixer to the next on CPU, in one compiled pass: the mixer's output projection, the residual, the
+norm behind it, the gated MLP, its residual, the next norm and the next mixer's input projection.
 
 Decoding a small model spends its time around the work: some twenty PyTorch calls a block become one, and a batch's rows
 are shared among threads from the first to the last of them. Float32 only.
@@ -90,8 +90,8 @@ def _norm(rows, at, width, weight, eps, out, to):
 def _rest(
     first, last, hidden, mixed, project, norm, eps, gate, up, down, following, following_eps, after, widths, out, carry
 ):
-    """Rows ``first .. last - 1``; all flat, ``project`` and ``after`` possibly empty. widths: of a row of hidden, mixed, the
-    MLP within and carry."""
+    """Rows ``first .. last - 1``; all flat, ``project`` and ``after`` possibly empty. widths: of a row of hidden,
+    mixed, the MLP within and carry."""
     width, mixing, inner, carried = widths
     one = hidden.dtype.type(1)
     some = min(ROWS, last - first)
@@ -141,8 +141,8 @@ def rest(
     following: tuple[Tensor, float],
     after: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``out = h + down(SiLU(gate n) * up n)`` with ``h = hidden + project mixed`` and n its norm, ``[B, E]``, and what the
-    next mixer starts from: ``after`` times the next norm of ``out``, ``[B, S]``, or that norm itself.
+    """``out = h + down(SiLU(gate n) * up n)`` with ``h = hidden + project mixed`` and n its norm, ``[B, E]``, and what
+    the next mixer starts from: ``after`` times the next norm of ``out``, ``[B, S]``, or that norm itself.
 
     Args:
         hidden: ``[B, E]``. mixed: ``[B, D]``. norm, following: RMSNorm's weight ``[E]`` and eps.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.ops import openmp
 
-SERIAL_WORK = 1 << 13  # numbers of state below which waking threads costs more than it saves
+SERIAL_WORK = 1 << 14  # numbers of state below which waking threads costs more than it saves
 
 # No nnan/ninf: a NaN that comes in has to come out. reassoc is what lets sums over N vectorise.
 Kernel = Callable[..., None]

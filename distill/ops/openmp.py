@@ -77,7 +77,10 @@ def _body(context: Any, caller: Any, shared: Any, kernel: Any, call: Any) -> Any
     builder.cbranch(builder.icmp_signed("<", piece, pieces), work, done)
     builder.position_at_end(work)
     first, last = (builder.sdiv(builder.mul(tasks, at), pieces) for at in (piece, builder.add(piece, _WORD(1))))
-    unpacked = cgutils.unpack_tuple(builder, arguments)
+    unpacked = [
+        _unowned(context, builder, kind, value)
+        for kind, value in zip(call.args[2:], cgutils.unpack_tuple(builder, arguments), strict=True)
+    ]
     status, _ = context.call_internal_no_propagate(builder, kernel, call, [first, last, *unpacked])
     with builder.if_then(status.is_error, likely=False):
         builder.store(_WORD(1), failed)
@@ -85,6 +88,16 @@ def _body(context: Any, caller: Any, shared: Any, kernel: Any, call: Any) -> Any
     builder.position_at_end(done)
     builder.ret_void()
     return body
+
+
+def _unowned(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """An array without its owner, who outlives the call: threads that counted references to one would wait for each
+    other at every slice. Anything else as it is."""
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    return array._getvalue()
 
 
 @functools.cache
