@@ -54,7 +54,7 @@ from eval.loglikelihood import prepare
 LENGTH, HELD_OUT_SEED = 128, 90_001
 MIX = {"add": 1.0, "mod": 1.0, "chase": 1.0, "recall": 1.0, "sort": 1.0}
 EMBEDDED = "embedded"
-STEPS = {8: 24, 16: 10, 32: 5, 10: 24}
+STEPS = {8: 12, 16: 5, 32: 2, 10: 24}
 """Of MMR, by depth (10: the embedded teacher), in place of 100."""
 BOUNDS = {"mmr": {8: 0.55, 16: 0.50, 32: 0.46}, "loo": {8: 0.60, 16: 0.56, 32: 0.54}, "aligned": {16: 0.10}}
 """What is asked of each ratio."""
@@ -73,9 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16, 32])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1, help="turns of each way")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each way")
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--rows", type=int, default=4, help="rows of 128 tokens a step")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens a step")
     parser.add_argument("--questions", type=int, default=40, help="of leave-one-out at 8 blocks")
     parser.add_argument("--budget", type=float, default=1.0, help="share of the steps to take")
     parser.add_argument("--teacher-seconds", type=float, default=30.0, help="training of each teacher")
@@ -89,7 +89,7 @@ def main() -> None:
     for layers, model in teachers(tokenizer, args):
         results[str(layers)] = measured(model, tokenizer, args, layers)
     if not args.without_embedded:
-        steps, args.rows = max(int(STEPS[10] * args.budget), 1), 2 * args.rows
+        steps, args.rows = max(int(STEPS[10] * args.budget), 1), args.rows
         found = aligned(setup_of(load_model(EMBEDDED), tokenizer, args, steps), args)
         results[EMBEDDED] = {"steps": steps, "aligned": found}
         tell(10, "aligned", found)
@@ -128,11 +128,12 @@ def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[
         with block_as_identity(model, block):
             return requests.evaluate(model)
 
+    setup = setup_of(model, tokenizer, args, 1, metric=requests.compare)
+
     def shared() -> list[tuple[float, float]]:
-        setup = setup_of(model, tokenizer, args, 1, metric=requests.compare)
         return [(row["score"], row["loglikelihood"]) for row in scorer("loo")(setup)["blocks"]]
 
-    ours, other = in_turns([shared, naive], max(args.rounds, 2))
+    ours, other = in_turns([shared, naive], 3 * args.rounds)
     return {**ratios(ours, other), "identical": ours.value == other.value}
 
 
@@ -169,7 +170,7 @@ def aligned(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     def faithful() -> dict[str, Any]:
         return scorer("mmr")(replace(setup, teacher=RememberingTeacher(setup.teacher.model)))
 
-    one, other = in_turns([ours, faithful], args.rounds)
+    one, other = in_turns([ours, faithful], 1)
     first, second = one.value, other.value
     losses = [{int(row["block"]): round(row["score"], 4) for row in each["blocks"]} for each in (first, second)]
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,3 +272,46 @@ def test_the_origin_is_in_the_file_and_shards_make_no_difference(saved_hybrid: S
     assert len(list((tmp_path / "hybrid").glob("model-*.safetensors"))) > 2
     gguf.export(tmp_path / "hybrid", tmp_path / "sharded.gguf")
     assert (tmp_path / "sharded.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+from distill.export import {module} as exporter
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+import gguf, torch
+torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+before, most, done = held(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        most[0] = max(most[0], held())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+exporter.export(Path(sys.argv[1]), Path(sys.argv[2]){options})
+done.set()
+watcher.join()
+print(most[0] - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hf_native"])
+def test_no_copy_of_the_model_is_in_memory(kind: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "vocab_size": 64}
+    config = AutoConfig.for_model("llama", **wide, num_attention_heads=8, num_key_value_heads=4)
+    teacher = AutoModelForCausalLM.from_config(config)
+    hybrid = hybridize(teacher, ["mamba2", "attention"] * 8, MixerConfig(name="mamba2"))
+    hybrid.save_pretrained(tmp_path / "hybrid", max_shard_size="50MB")
+    build_tokenizer().save_pretrained(tmp_path / "hybrid")
+    weights = sum(file.stat().st_size for file in (tmp_path / "hybrid").glob("*.safetensors"))
+    output = tmp_path / ("out.gguf" if kind == "gguf" else "out")
+    code = MEASURED.format(module=kind, options="" if kind == "gguf" else ", shard=20 << 20")
+    command = [sys.executable, "-c", code, str(tmp_path / "hybrid"), str(output)]
+    held = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"{kind}: {held / 2**20:.0f} MiB held of {weights / 2**20:.0f} MiB of weights")
+    assert held < weights / 3
