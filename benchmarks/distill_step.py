@@ -39,6 +39,8 @@ sys.path.insert(0, str(ROOT))
 LIGER = Path(os.environ.get("LIGER", ROOT / ".venv" / "liger"))
 CONTENDERS = ("ours", "trl", "liger", "plain", *(["liger_compiled", "liger_targets"] if shutil.which("g++") else []))
 PEERS = tuple(name for name in CONTENDERS if name not in ("ours", "plain", "liger_targets"))
+STEPPERS = tuple(name for name in CONTENDERS if name not in ("liger", "liger_targets"))
+"""Those whose whole step is measured: of Liger's the faster."""
 IGNORED = -100
 LENGTH, PROMPT, WIDTH, BLOCKS = 1024, 128, 512, 8
 
@@ -68,9 +70,9 @@ def main() -> None:
 def compare(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
     """All contenders at one vocabulary: the ratios that the last line gives, and what they are made of."""
     found: dict[str, dict[str, dict[str, float]]] = {"loss": {}, "step": {}}
-    for what in ("loss", "step"):
+    for what, contenders in (("loss", CONTENDERS), ("step", STEPPERS)):
         for turn in range(args.rounds):
-            for who in CONTENDERS[:: -1 if turn % 2 else 1]:  # there and back
+            for who in contenders[:: -1 if turn % 2 else 1]:  # there and back
                 new = one(what, who, vocabulary, args)
                 old = found[what].setdefault(who, new)
                 old.update({key: min(old[key], new[key]) for key in new if key not in ("value", "parameters")})
