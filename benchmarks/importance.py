@@ -3,7 +3,8 @@
     make bench-importance                                       # some ten minutes on 2 cores
     python benchmarks/importance.py --layers 8 --budget 0.3     # shorter
 
-One process; float32 on CPU. The ways that are compared take turns, and the least time of each counts.
+One process; float32 on CPU. The ways that are compared take turns; a ratio is the median of
+those of neighbouring turns, for the machine may be slower in the next.
 
 *mmr*: MMR that trains the mixer alone, in lockstep, against L separate runs with the same trainable set, whose frozen
 weights have no gradients either; each run asks the teacher by itself. Beside it the same with a teacher that remembers
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +64,10 @@ Timed = Callable[[], Any]
 
 
 class Run(NamedTuple):
-    """Seconds that a way took, for how many of them a core worked, and what it gave."""
+    """Seconds that a way took in each turn, for how many of them a core worked, and what it gave."""
 
-    seconds: float
-    busy: float
+    seconds: list[float]
+    busy: list[float]
     value: Any
 
 
@@ -116,7 +118,7 @@ def measured(model: Any, tokenizer: Any, args: argparse.Namespace, layers: int) 
 def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """By shared prefixes, and block by block."""
     blocks = range(model.config.num_hidden_layers)
-    questions = max(args.questions * 8 // len(blocks), 8)
+    questions = max(args.questions * 8 // len(blocks), 24)
     requests: Requests = prepare("embedded_choice", tokenizer, model, questions)
 
     def naive() -> list[tuple[float, float]]:
@@ -133,7 +135,7 @@ def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[
     def shared() -> list[tuple[float, float]]:
         return [(row["score"], row["loglikelihood"]) for row in scorer("loo")(setup)["blocks"]]
 
-    ours, other = in_turns([shared, naive], 3 * args.rounds)
+    ours, other = in_turns([shared, naive], 2 * args.rounds + 1)
     return {**ratios(ours, other), "identical": ours.value == other.value}
 
 
@@ -207,27 +209,29 @@ def setup_of(model: Any, tokenizer: Any, args: argparse.Namespace, steps: int, m
 
 
 def in_turns(ways: Sequence[Timed], rounds: int) -> list[Run]:
-    """Each way's least times and what it gave, the ways in turn, there and back."""
-    found: dict[int, list[Run]] = {number: [] for number in range(len(ways))}
+    """Each way's times and what it gave first, the ways in turn, there and back."""
+    found: dict[int, Run] = {}
     for turn in range(rounds):
-        for number in list(found)[:: -1 if turn % 2 else 1]:
+        for number in range(len(ways))[:: -1 if turn % 2 else 1]:
             set_seed(0)
             with contextlib.redirect_stdout(io.StringIO()):
                 began, busy = time.perf_counter(), time.process_time()
                 value = ways[number]()
-                found[number].append(Run(time.perf_counter() - began, time.process_time() - busy, value))
-    return [Run(min(r.seconds for r in runs), min(r.busy for r in runs), runs[0].value) for runs in found.values()]
+                run = found.setdefault(number, Run([], [], value))
+                run.seconds.append(time.perf_counter() - began)
+                run.busy.append(time.process_time() - busy)
+    return [found[number] for number in range(len(ways))]
 
 
 def ratios(ours: Run, other: Run) -> dict[str, float]:
     """Times of both, and their ratio: of seconds, and of what the cores worked, which other work hardly changes."""
     return {
-        "seconds": ours.seconds,
-        "other_seconds": other.seconds,
-        "busy": ours.busy,
-        "other_busy": other.busy,
-        "time_ratio": ours.seconds / other.seconds,
-        "busy_ratio": ours.busy / other.busy,
+        "seconds": min(ours.seconds),
+        "other_seconds": min(other.seconds),
+        "busy": min(ours.busy),
+        "other_busy": min(other.busy),
+        "time_ratio": median(a / b for a, b in zip(ours.seconds, other.seconds, strict=True)),
+        "busy_ratio": median(a / b for a, b in zip(ours.busy, other.busy, strict=True)),
     }
 
 
