@@ -138,11 +138,12 @@ def products(vocabulary: int, tokens: int) -> dict[str, float]:
     oneDNN where we take it, and by PyTorch's ``mm`` alone, as the peers do."""
     import torch
 
+    from distill.head_loss import FEW, LOGITS_BYTES
     from distill.ops.linear_cpu import linear
 
     n, chunk = targets_of(tokens), min(targets_of(tokens), 512)
     h, weight, logits = torch.randn(chunk, WIDTH), torch.randn(vocabulary, WIDTH), torch.randn(chunk, vocabulary)
-    few, gradient = h[: max((1 << 25) // (4 * vocabulary), 1)], torch.zeros(vocabulary, WIDTH)
+    few, gradient = h[: max(FEW, LOGITS_BYTES // (4 * vocabulary))], torch.zeros(vocabulary, WIDTH)
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
         "logits": (len(few), lambda: linear(few, weight)),
         "hidden": (chunk, lambda: linear(logits, weight.T)),

@@ -25,6 +25,7 @@ from distill.ops.kernels import has_numba
 CHUNK_BYTES = 1 << 26  # the largest [m, V] tensor in plain PyTorch, which holds several
 COMPILED_BYTES = 1 << 28  # the same of the gradient that the compiled kernel makes
 LOGITS_BYTES = 1 << 25  # and of the logits it makes it from: as much as the C library's allocator gives again
+FEW = 128  # tokens that are worth reading a head for, however large their logits are (64 take a sixth longer each)
 COMPILED_VOCABULARY = 4096
 """Where the compiled kernel begins: below, the whole loss is a small part of a step, and plain PyTorch as good."""
 
@@ -191,7 +192,7 @@ def in_compiled_chunks(
 
     n, vocabulary = len(rows), len(weight)
     size = max(1, min(n, COMPILED_BYTES // (vocabulary * 4)))
-    some = max(1, min(size, LOGITS_BYTES // (vocabulary * 4)))
+    some = max(1, min(size, max(FEW, LOGITS_BYTES // (vocabulary * 4))))
     buffer = rows.new_empty(size, vocabulary) if gradients.wanted() else None
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, n, size):
