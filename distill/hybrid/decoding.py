@@ -109,8 +109,10 @@ def serves(model: Any) -> bool:
         return False
     if config.output_hidden_states or config.output_attentions or not config.return_dict:
         return False
-    assert backbone is not None
-    if backbone._forward_hooks or any(not isinstance(hook, Reader) for hook in backbone._forward_pre_hooks.values()):
+    own: dict[str, Any] = backbone.__dict__
+    if own["_forward_hooks"] or "forward" in own:
+        return False
+    if any(not isinstance(hook, Reader) for hook in own["_forward_pre_hooks"].values()):
         return False
     return _plain(backbone.norm, kinds[2]) and all(_fits(block, *kinds) for block in backbone.layers)
 

@@ -120,6 +120,11 @@ def hook_on_a_block(model: Any) -> None:
     model.model.layers[2].register_forward_pre_hook(lambda module, args: None)
 
 
+def other_forward_of_the_backbone(model: Any) -> None:
+    backbone = model.model
+    backbone.forward = lambda *given, **options: type(backbone).forward(backbone, *given, **options)
+
+
 def training(model: Any) -> None:
     model.train()
 
@@ -133,7 +138,18 @@ def double(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [adapter, hook, other_forward, hook_on_a_block, training, another_gate, double], ids=lambda f: f.__name__
+    "change",
+    [
+        adapter,
+        hook,
+        other_forward,
+        hook_on_a_block,
+        other_forward_of_the_backbone,
+        training,
+        another_gate,
+        double,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_what_it_cannot_do_is_the_familys(
     change: Callable[[Any], None], hybrid: Any, passes: list[int], monkeypatch: pytest.MonkeyPatch
