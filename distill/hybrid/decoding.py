@@ -100,7 +100,8 @@ def only_asks_for(options: dict[str, Any]) -> bool:
 
 def serves(model: Any) -> bool:
     """Whether the blocks of ``model`` are such as the compiled pass computes."""
-    backbone, config = getattr(model, "model", None), model.config
+    backbone: Any = getattr(model, "model", None)
+    config = model.config
     kinds = BACKBONES.get(type(backbone))
     if kinds is None or torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or not has_numba():
         return False
