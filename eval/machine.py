@@ -100,7 +100,7 @@ def _measured(device: str, dtype: torch.dtype, threads: int) -> Machine:
     values, rounds = -np.random.default_rng(0).random((4 * threads, 2048), np.float32), 64
     out = np.empty_like(values)
     work = values.size * rounds
-    ours = work / fastest(lambda: spread(_exps, _exps_team, len(values), work, values, out, rounds))
+    ours = work / fastest(lambda: spread(_exps_team, len(values), work, values, out, rounds))
     small = torch.from_numpy(values)
     theirs = values.size / fastest(lambda: torch.exp(small, out=small.clone()))
     return Machine(f"{threads} CPU threads", copy, gemm, max(ours, theirs), memory_of_this_machine())

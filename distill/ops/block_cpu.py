@@ -158,7 +158,7 @@ def rest(
     out = torch.empty(rows, width, dtype=torch.float32, device="cpu")
     carry = torch.empty(rows, carried, dtype=torch.float32, device="cpu")
     spread(
-        _rest, _rest_team, rows, rows * width * inner // 8,
+        _rest_team, rows, rows * width * inner // 8,
         *head, np.float32(norm[1]), *[_flat(weight) for weight in mlp], _flat(following[0]), np.float32(following[1]),
         *tail, out.numpy().reshape(-1), carry.numpy().reshape(-1),
     )  # fmt: skip

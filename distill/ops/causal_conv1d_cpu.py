@@ -157,7 +157,7 @@ class _Conv(torch.autograd.Function):
         dpadded = np.zeros_like(padded)
         dtaps, dbias = (np.zeros((_tasks(x), *values.shape), padded.dtype) for values in (taps, bias))
         outputs = (array(dy, _dtype(x, weight)), dpadded, dtaps, dbias)
-        spread(_backward, _backward_team, _tasks(x), x.numel() * len(taps), *inputs, *outputs)
+        spread(_backward_team, _tasks(x), x.numel() * len(taps), *inputs, *outputs)
         before = len(taps) - 1
         # numpy adds the tasks one after the other, whatever the thread count.
         grads = (dpadded[:, before:], dtaps.sum(axis=0).T, dbias.sum(axis=0), None, dpadded[:, :before].swapaxes(1, 2))
@@ -194,7 +194,7 @@ def _run_forward(
     padded, before = inputs[0], weight.shape[1] - 1
     y = torch.empty(x.shape, dtype=_dtype(x, weight), device="cpu")
     ages = np.empty(x.shape[0], np.int64)
-    spread(_forward, _forward_team, _tasks(x), x.numel() * weight.shape[1], *inputs, y.numpy(), ages)
+    spread(_forward_team, _tasks(x), x.numel() * weight.shape[1], *inputs, y.numpy(), ages)
     behind = torch.arange(before - 1, -1, -1, device="cpu")  # tokens behind the last one, the oldest first
     final = torch.from_numpy(padded[:, padded.shape[1] - before :]).transpose(1, 2)
     final = final.masked_fill((behind > torch.from_numpy(ages)[:, None])[:, None], 0)

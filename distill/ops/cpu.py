@@ -93,26 +93,26 @@ def width_of(states: int) -> tuple[int, ...]:
     return (0,) * states
 
 
-def spread(kernel: Kernel, team: Kernel, tasks: int, work: int, *arguments: Any) -> None:
-    """Run ``kernel(first, last, *arguments)`` over all tasks, on several threads where the work is worth it.
+def spread(team: Kernel, tasks: int, work: int, *arguments: Any) -> None:
+    """Run a kernel over all tasks, on several threads where the work is worth it.
 
-    ``team`` is the compiled function by which PyTorch's threads take it, beside every kernel: a call of
-    ``openmp.parallel``, which needs the kernel's name. Where these threads cannot be had, it is some of our own.
+    ``team`` is the compiled function beside every kernel that calls ``openmp.parallel`` with it (which needs its name).
+    Where PyTorch's threads cannot be had, it is some of our own.
     """
     threads = min(torch.get_num_threads(), tasks)
     if threads <= 1 or work < SERIAL_WORK:
-        kernel(0, tasks, *arguments)
+        team(0, 1, (0, tasks), 1, arguments)
         return
     # More pieces than threads, and a busy core holds up less; but neighbours together, and memory is read in order.
     pieces = max(threads, min(4 * threads, tasks // 8))
     if (address := openmp.team()) is not None:
-        team(address, threads, tasks, pieces, arguments)
+        team(address, threads, (0, tasks), pieces, arguments)
         return
     edges = itertools.pairwise([tasks * piece // pieces for piece in range(pieces + 1)])
 
     def take() -> None:
         for edge in edges:  # shared: whoever is free takes the next
-            kernel(*edge, *arguments)
+            team(0, 1, edge, 1, arguments)
 
     jobs = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
     take()

@@ -117,7 +117,6 @@ def mamba1(
     y = torch.empty(batch, inner, dtype=torch.float32, device="cpu")  # whatever the defaults are
     views = (conv_state.numpy(), state.numpy(), y.numpy())
     spread(
-        _mamba1,
         _mamba1_team,
         inner // states,
         state.numel(),
@@ -196,5 +195,5 @@ def mamba2(
     y = torch.empty(batch, heads * width, dtype=torch.float32, device="cpu")
     views = (conv_state.numpy(), state.numpy(), y.numpy(), width_of(width), width_of(taps.shape[1] - 1))
     work = state.numel() // 3  # as mamba1 counts: no exponential for each number of the state
-    spread(_mamba2, _mamba2_team, heads, work, *arrays, np.float32(eps), *views)
+    spread(_mamba2_team, heads, work, *arrays, np.float32(eps), *views)
     return y

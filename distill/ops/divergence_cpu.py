@@ -132,5 +132,5 @@ def divergence(
     z, t, y = array(student, torch.float32), array(teacher, torch.float32), array(targets, torch.int64)
     made = np.empty((n, 0), np.float32) if gradient is None else gradient.numpy()
     inverse = np.float32(1 / temperature)
-    spread(_rows, _rows_team, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), made, losses)
+    spread(_rows_team, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), made, losses)
     return torch.from_numpy(losses)

@@ -33,9 +33,12 @@ def team() -> int | None:
 
 @intrinsic
 def parallel(typing, team, threads, tasks, pieces, kernel, arguments):
-    """``kernel(first, last, *arguments)`` over all tasks, in so many pieces, on so many threads of PyTorch's, the
-    caller's among them; whoever is free takes the next piece. Returns when all are done. Only inside compiled
-    functions, which pass ``kernel`` by its global name.
+    """``kernel(first, last, *arguments)`` over ``tasks`` (first, last), in so many pieces, on so many threads of
+    PyTorch's, the caller's among them; whoever is free takes the next piece. Returns when all are done. Only inside
+    compiled functions, which pass ``kernel`` by its global name.
+
+    Without a ``team`` (0) the caller does all by itself: by the same code, for a kernel is compiled once more in here,
+    and may add in another order than the one outside.
 
     Raises MemoryError where a kernel could not have its buffers (they raise nothing else).
     """
@@ -46,13 +49,19 @@ def parallel(typing, team, threads, tasks, pieces, kernel, arguments):
         context.active_code_library.add_linking_library(compiled.library)
         # What the threads share: the arguments, the next piece, tasks, pieces, whether any failed.
         team, threads, tasks, pieces, _, held = values
-        shared = cgutils.alloca_once(builder, ir.LiteralStructType([held.type, *[_WORD] * 4]))
+        shape = ir.LiteralStructType([held.type, _WORD, tasks.type, _WORD, _WORD])
+        shared = cgutils.alloca_once(builder, shape)
         for place, value in enumerate((held, _WORD(0), tasks, pieces, _WORD(0))):
             builder.store(value, cgutils.gep_inbounds(builder, shared, 0, place))
         body = _body(context, builder, shared.type, compiled.fndesc, call)
         kind = ir.FunctionType(ir.VoidType(), [body.type, _BYTES, _INT, _INT])
-        start = builder.inttoptr(team, kind.as_pointer())
-        builder.call(start, [body, builder.bitcast(shared, _BYTES), builder.trunc(threads, _INT), _INT(0)])
+        data = builder.bitcast(shared, _BYTES)
+        with builder.if_else(builder.icmp_signed("!=", team, _WORD(0))) as (together, alone):
+            with together:
+                start = builder.inttoptr(team, kind.as_pointer())
+                builder.call(start, [body, data, builder.trunc(threads, _INT), _INT(0)])
+            with alone:
+                builder.call(body, [data])
         failed = builder.load(cgutils.gep_inbounds(builder, shared, 0, 4))
         with builder.if_then(builder.icmp_signed("!=", failed, _WORD(0)), likely=False):
             context.call_conv.return_user_exc(builder, MemoryError, ("a kernel could not have its buffers",))
@@ -76,7 +85,11 @@ def _body(context: Any, caller: Any, shared: Any, kernel: Any, call: Any) -> Any
     piece = builder.atomic_rmw("add", following, _WORD(1), "monotonic")
     builder.cbranch(builder.icmp_signed("<", piece, pieces), work, done)
     builder.position_at_end(work)
-    first, last = (builder.sdiv(builder.mul(tasks, at), pieces) for at in (piece, builder.add(piece, _WORD(1))))
+    begin, end = cgutils.unpack_tuple(builder, tasks)
+    count = builder.sub(end, begin)
+    first, last = (
+        builder.add(begin, builder.sdiv(builder.mul(count, at), pieces)) for at in (piece, builder.add(piece, _WORD(1)))
+    )
     unpacked = [
         _unowned(context, builder, kind, value)
         for kind, value in zip(call.args[2:], cgutils.unpack_tuple(builder, arguments), strict=True)

@@ -217,7 +217,7 @@ def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     """`selective_scan_update` on CPU tensors that have been checked; shapes as there."""
     arrays = [array(tensor, state.dtype) for tensor in (x, dt, A, B, C, D, state)]
     y = np.empty_like(arrays[0])
-    spread(_update, _update_team, x.shape[0] * B.shape[1], state.numel(), *arrays, y, width_of(A.shape[1]))
+    spread(_update_team, x.shape[0] * B.shape[1], state.numel(), *arrays, y, width_of(A.shape[1]))
     out = torch.from_numpy(y)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -246,7 +246,6 @@ class _Scan(torch.autograd.Function):
         outputs = (dx, ddt, dA, dB, dC, dD, dstate)
         work = x.numel() * A.shape[1]
         spread(
-            _backward,
             _backward_team,
             batch * B.shape[2],
             work,
@@ -288,5 +287,5 @@ def _run_forward(
     arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]
-    spread(_forward, _forward_team, batch * B.shape[2], x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
+    spread(_forward_team, batch * B.shape[2], x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
     return y.to(x.dtype), state, checkpoints

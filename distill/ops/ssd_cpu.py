@@ -214,7 +214,7 @@ def update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     """`distill.ops.ssd.ssd_update` on CPU tensors; shapes as there."""
     arrays = [array(tensor, state.dtype) for tensor in (x, dt, A, B, C, D, state)]
     y = np.empty_like(arrays[0])
-    spread(_update, _update_team, state.shape[0] * state.shape[1], state.numel(), *arrays, y, width_of(state.shape[3]))
+    spread(_update_team, state.shape[0] * state.shape[1], state.numel(), *arrays, y, width_of(state.shape[3]))
     out = torch.from_numpy(y)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -244,7 +244,7 @@ class _Scan(torch.autograd.Function):
         marks = _NO_RESET if reset is None else reset.contiguous().numpy()
         outputs = (dx, ddt, dB, dC, sums, dstate)
         inputs = (*arrays, marks, checkpoints.numpy(), array(dy, dtype))
-        spread(_backward, _backward_team, batch * heads, x.numel() * states, *inputs, *outputs, CHECKPOINT_EVERY)
+        spread(_backward_team, batch * heads, x.numel() * states, *inputs, *outputs, CHECKPOINT_EVERY)
         if groups != heads:
             dB, dC = (grad.reshape(batch, length, groups, heads // groups, states).sum(axis=3) for grad in (dB, dC))
         # numpy adds the batch rows one after the other, whatever the thread count.
@@ -281,5 +281,5 @@ def _run_forward(
     arrays = [array(tensor, dtype) for tensor in (x, dt, A, B, C, D)]
     arrays.append(_NO_RESET if reset is None else reset.contiguous().numpy())
     arrays += [state.numpy(), y.numpy(), checkpoints.numpy()]
-    spread(_forward, _forward_team, batch * heads, x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
+    spread(_forward_team, batch * heads, x.numel() * states, *arrays, width_of(states), CHECKPOINT_EVERY)
     return y.to(x.dtype), state, checkpoints

@@ -117,7 +117,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     out = torch.empty(batch, heads, 1, width, dtype=torch.float32, device="cpu")
     into = out.numpy().reshape(grouped.shape)
     spread(
-        _attend, _attend_team, batch * kv_heads, batch * kv_heads * tokens * width,
+        _attend_team, batch * kv_heads, batch * kv_heads * tokens * width,
         grouped, _flat(keys), _flat(values), (kv_heads, tokens, *keys.stride()[:3]), into, np.float32(scale),
     )  # fmt: skip
     return out

@@ -71,7 +71,7 @@ def test_every_thread_takes_part() -> None:
     ids: set[int] = set()
     for _ in range(50):  # a busy machine may not let a thread come in time
         seen = np.zeros(60, np.uint64)
-        spread(_sign, _sign_team, 60, 1 << 30, seen, np.zeros(60))
+        spread(_sign_team, 60, 1 << 30, seen, np.zeros(60))
         ids |= set(seen.tolist())
         if len(ids) == 3:
             break
@@ -81,21 +81,21 @@ def test_every_thread_takes_part() -> None:
 def test_a_kernel_without_room_for_its_buffers_is_told() -> None:
     torch.set_num_threads(2)
     with pytest.raises(MemoryError, match="buffers"):
-        spread(_greedy, _greedy_team, 100, 1 << 30, 1 << 60, np.zeros(100))
+        spread(_greedy_team, 100, 1 << 30, 1 << 60, np.zeros(100))
 
 
 def filled() -> Any:
     torch.set_num_threads(2)
     torch.ones(1 << 16).mul_(2)  # PyTorch's threads are there, and spin
     values = np.zeros(1000)
-    spread(_fill, _fill_team, 1000, 1 << 30, values)
+    spread(_fill_team, 1000, 1 << 30, values)
     return values
 
 
 def _in_child(queue: Any) -> None:
     assert openmp.team() is None
     values = np.zeros(1000)
-    spread(_fill, _fill_team, 1000, 1 << 30, values)
+    spread(_fill_team, 1000, 1 << 30, values)
     queue.put(values)
 
 
