@@ -61,7 +61,7 @@ bench-mixers: $(PEERS)  ## the mixers beside mamba-ssm's reference, transformers
 bench-distill: $(LIGER)  ## a step of distillation beside TRL, Liger and the plain loss (some minutes; 20 GB of memory)
 	LIGER=$(LIGER) $(BIN)/python benchmarks/distill_step.py
 
-bench-importance: $(STAMP)  ## the cheap importance scores beside the faithful ones, at 8, 16 and 32 blocks (some ten minutes)
+bench-importance: $(STAMP)  ## the cheap importance scores beside the faithful ones, at 8, 16 and 32 blocks (some twenty minutes)
 	$(BIN)/python benchmarks/importance.py
 
 lint: $(STAMP)

@@ -1,10 +1,11 @@
 """What the cheap importance scores cost beside the faithful ones, and whether they say the same; at several depths L.
 
-    make bench-importance                                       # some ten minutes on 2 cores
+    make bench-importance                                       # some twenty minutes on 2 cores
     python benchmarks/importance.py --layers 8 --budget 0.3     # shorter
 
-One process; float32 on CPU. The ways that are compared take turns; a ratio is the median of
-those of neighbouring turns, for the machine may be slower in the next.
+One process; float32 on CPU; kernels are compiled before anything is timed. The ways that are compared take turns; a
+ratio is the median of those of neighbouring turns, for the machine may be slower in the next (a tenth from one to the
+next is usual on a shared one: leave-one-out, which is short, takes the more turns).
 
 *mmr*: MMR that trains the mixer alone, in lockstep, against L separate runs with the same trainable set, whose frozen
 weights have no gradients either; each run asks the teacher by itself. Beside it the same with a teacher that remembers
@@ -75,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], default=[8, 16, 32])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each way")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each way")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens a step")
     parser.add_argument("--questions", type=int, default=40, help="of leave-one-out at 8 blocks")
@@ -135,7 +136,7 @@ def leave_one_out(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[
     def shared() -> list[tuple[float, float]]:
         return [(row["score"], row["loglikelihood"]) for row in scorer("loo")(setup)["blocks"]]
 
-    ours, other = in_turns([shared, naive], 2 * args.rounds + 1)
+    ours, other = in_turns([shared, naive], args.rounds * max(48 // len(blocks), 2) - 1)
     return {**ratios(ours, other), "identical": ours.value == other.value}
 
 
@@ -143,6 +144,7 @@ def mixer_mmr(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
     """The mixer trained alone: in lockstep, and in separate runs, without and with a teacher that remembers."""
     setup = replace(setup, config=replace(setup.config, mmr=replace(setup.config.mmr, trainable="mixer")))
     model = setup.teacher.model
+    warm_up(setup)
 
     def together() -> list[int]:
         return order(lockstep(replace(setup, teacher=Teacher(model))))
@@ -161,6 +163,13 @@ def mixer_mmr(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
         "spearman": spearman(ours.value, other.value),
         "order": other.value,
     }
+
+
+def warm_up(setup: Setup) -> None:
+    """One candidate for one step, so that no way has to compile the kernels that all take."""
+    one = replace(setup, blocks=setup.blocks[:1], config=replace(setup.config, mmr=replace(setup.config.mmr, steps=1)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        lockstep(one)
 
 
 def aligned(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
