@@ -52,6 +52,8 @@ def step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None, positions:
     backbone, config = model.model, model.config
     blocks = backbone.layers[: config.num_hidden_layers]
     hidden = backbone.embed_tokens(tokens)
+    if hidden.dtype != torch.float32:
+        return None
     if positions is None:
         positions = torch.full((1, 1), cache.get_seq_length(), device=tokens.device)
     options: dict[str, Any] = {
@@ -63,31 +65,42 @@ def step(model: Any, tokens: Tensor, cache: Any, mask: Tensor | None, positions:
         "use_cache": True,
         "position_embeddings": backbone.rotary_emb(hidden, positions),
     }
-    from distill.ops import block_cpu  # only here: it needs numba
+    from distill.ops import block_cpu, chain_cpu  # only here: they need numba
 
     mixers = [block.self_attn for block in blocks]
     states = [_states(mixer, cache) for mixer in mixers]
-    inputs = [mixer.in_proj.weight if found else None for mixer, found in zip(mixers, states, strict=True)]
-    norms = [*(block.input_layernorm for block in blocks), backbone.norm]
+    inputs: list[Any] = [mixer.in_proj.weight if found else None for mixer, found in zip(mixers, states, strict=True)]
+    inputs.append(None)
+    norms = [block.input_layernorm for block in blocks] + [backbone.norm]
+
+    def rest(place: int) -> tuple[Any, ...]:
+        """What follows block ``place``'s mixer: its norm and MLP, the next norm, what the next mixer begins with."""
+        mlp, norm = blocks[place].mlp._modules, blocks[place].post_attention_layernorm
+        weights = tuple(mlp[name]._parameters["weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+        following = norms[place + 1]
+        scales = [(each._parameters["weight"], each.variance_epsilon) for each in (norm, following)]
+        return scales[0], weights, scales[1], inputs[place + 1]
+
     carry, hidden = norms[0](hidden)[:, 0], hidden[:, 0]
     if states[0]:
         carry = mixers[0].in_proj(carry)
-    for place, (block, mixer) in enumerate(zip(blocks, mixers, strict=True)):
-        project = None
-        if found := states[place]:
-            mixed, project = mixer.compiled_step(carry, *found), mixer.out_proj.weight
-        else:
+    place = 0
+    while place < len(blocks):
+        mixer = mixers[place]
+        if not states[place]:
             mixed = mixer(hidden_states=carry[:, None], **options)[0][:, 0]
-        mlp, norm, following = block.mlp._modules, block.post_attention_layernorm, norms[place + 1]
-        hidden, carry = block_cpu.rest(
-            hidden,
-            mixed,
-            project,
-            (norm.weight, norm.variance_epsilon),
-            (mlp["gate_proj"].weight, mlp["up_proj"].weight, mlp["down_proj"].weight),
-            (following.weight, following.variance_epsilon),
-            inputs[place + 1] if place + 1 < len(blocks) else None,
-        )
+            hidden, carry = block_cpu.rest(hidden, mixed, *rest(place))
+            place += 1
+            continue
+        chain: list[Any] = []
+        while place < len(blocks) and (found := states[place]) and type(mixers[place]) is type(mixer):
+            weights, project = mixers[place].step_weights(), mixers[place].out_proj.weight
+            block = chain_cpu.Block(weights, found, inputs[place], project, *rest(place))
+            if chain and block.shapes() != chain[0].shapes():
+                break
+            chain.append(block)
+            place += 1
+        hidden, carry = mixer.through(hidden, carry, chain)
     logits: Tensor = model.lm_head(carry[:, None])
     return logits
 
@@ -115,7 +128,7 @@ def serves(model: Any) -> bool:
         return False
     if any(not isinstance(hook, Reader) for hook in own["_forward_pre_hooks"].values()):
         return False
-    return _plain(backbone.norm, kinds[2]) and all(_fits(block, *kinds) for block in backbone.layers)
+    return _norm(backbone.norm, kinds[2]) and all(_fits(block, *kinds) for block in backbone.layers)
 
 
 def reads(model: Any, cache: Any, mask: Tensor | None, shape: torch.Size) -> bool:
@@ -126,15 +139,18 @@ def reads(model: Any, cache: Any, mask: Tensor | None, shape: torch.Size) -> boo
 
 def _states(mixer: Any, cache: Any) -> tuple[Tensor, Tensor] | None:
     """The states of a mixer that is nothing but its two projections and a compiled step between them; else None."""
-    if not hasattr(mixer, "compiled_step"):
+    if not hasattr(mixer, "step_weights"):
         return None
-    own = [module for name, module in mixer._modules.items() if name not in ("in_proj", "out_proj", "dt_proj")]
-    if mixer.b_norm is not None or not all(_linear(layer) for layer in (mixer.in_proj, mixer.out_proj)):
+    own = mixer._modules
+    if own.get("b_norm") is not None or not all(_linear(own[name]) for name in ("in_proj", "out_proj")):
         return None
-    if not all(_plain(module, type(module)) for module in (mixer, *own) if module is not None):
+    between = [module for name, module in own.items() if name not in ("in_proj", "out_proj") and module is not None]
+    if "dt_proj" in own and type(own["dt_proj"]) is not nn.Linear:
+        return None
+    if not all(_plain(module, type(module)) for module in (mixer, *between)):
         return None
     states = carried(cache, mixer.layer_idx)
-    return states if kernels_serve(mixer.kernels, *states, mixer.A_log, mixer.conv1d.weight) else None
+    return states if kernels_serve(mixer.kernels, *states, *mixer.step_weights()) else None
 
 
 def _fits(block: nn.Module, kind: type, mlp_kind: type, norm: type) -> bool:
@@ -145,8 +161,8 @@ def _fits(block: nn.Module, kind: type, mlp_kind: type, norm: type) -> bool:
         _plain(block, kind)
         and _plain(mlp, mlp_kind)
         and type(mlp._modules["act_fn"]) is SILU
-        and _plain(parts["input_layernorm"], norm)
-        and _plain(parts["post_attention_layernorm"], norm)
+        and _norm(parts["input_layernorm"], norm)
+        and _norm(parts["post_attention_layernorm"], norm)
         and all(_linear(mlp._modules[name]) for name in ("gate_proj", "up_proj", "down_proj"))
     )
 
@@ -157,8 +173,17 @@ def _plain(module: Any, kind: type) -> bool:
     return type(module) is kind and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
+def _norm(module: Any, kind: type) -> bool:
+    return _plain(module, kind) and _whole(module._parameters["weight"])
+
+
 def _linear(layer: Any) -> bool:
     if not _plain(layer, nn.Linear) or layer._parameters["bias"] is not None:
         return False
-    weight = layer._parameters["weight"]
-    return weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and 0 < weight.numel() <= LARGEST
+    weight: Tensor = layer._parameters["weight"]
+    return weight.numel() <= LARGEST and _whole(weight)
+
+
+def _whole(weight: Tensor) -> bool:
+    """Whether a compiled pass can read ``weight`` where it lies (an offloaded or sharded one is not there)."""
+    return weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and weight.numel() > 0

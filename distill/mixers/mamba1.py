@@ -179,6 +179,18 @@ class Mixer(nn.Module):
         keep(past_key_values, self.layer_idx, conv_state, scan_state)
         return self.out_proj(y * F.silu(z)), None
 
+    def step_weights(self) -> tuple[torch.Tensor, ...]:
+        """What a token meets between the projections, as `chain_cpu.mamba1` takes it."""
+        own, conv, dt = self._parameters, self.conv1d._parameters, self.dt_proj._parameters
+        return conv["weight"], conv["bias"], dt["weight"], dt["bias"], own["A_log"], own["D"]  # type: ignore[return-value]
+
+    def through(self, hidden: torch.Tensor, carry: torch.Tensor, blocks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token through blocks whose mixers are such as this one, see `chain_cpu`."""
+        from distill.ops import chain_cpu  # only here: it needs numba
+
+        faithful = self.options["mil_layout"] == "faithful"
+        return chain_cpu.mamba1(hidden, carry, blocks, (self.heads, self.kv_heads), faithful)
+
     def compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
         dt = F.softplus(self.dt_proj(projected[:, -self.dt_rank :]))  # called, for it may have an adapter

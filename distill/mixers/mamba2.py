@@ -158,16 +158,30 @@ class Mixer(nn.Module):
         keep(past_key_values, self.layer_idx, conv_state, scan_state)
         return self.out_proj(self.norm(y, z)), None
 
+    def step_weights(self) -> tuple[torch.Tensor, ...]:
+        """What a token meets between the projections, as `chain_cpu.mamba2` takes it."""
+        own, conv = self._parameters, self.conv1d._parameters
+        weights = conv["weight"], conv["bias"], own["dt_bias"], own["A_log"], own["D"], self.norm._parameters["weight"]
+        return weights  # type: ignore[return-value]
+
+    def through(self, hidden: torch.Tensor, carry: torch.Tensor, blocks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token through blocks whose mixers are such as this one, see `chain_cpu`."""
+        from distill.ops import chain_cpu  # only here: it needs numba
+
+        return chain_cpu.mamba2(hidden, carry, blocks, self._eps())
+
     def compiled_step(self, projected: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """`forward` of one token between the projections; projected [B, sum(splits)], returns [B, D]."""
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         assert bias is not None
-        eps = self.norm.eps if self.norm.eps is not None else torch.finfo(torch.float32).eps
         from distill.ops import decode_cpu  # only here: it needs numba
 
         return decode_cpu.mamba2(
-            projected, taps, bias, self.dt_bias, self.A_log, self.D, self.norm.weight, eps, conv_state, state
+            projected, taps, bias, self.dt_bias, self.A_log, self.D, self.norm.weight, self._eps(), conv_state, state
         )
+
+    def _eps(self) -> float:
+        return self.norm.eps if self.norm.eps is not None else torch.finfo(torch.float32).eps
 
     def _heads(self, xbc: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[..., 3 D] to x, B and C, each [..., H, P]."""

@@ -1,5 +1,5 @@
-"""One token from a mixer to the next on CPU, in one compiled pass: the mixer's output projection, the residual, the
-norm behind it, the gated MLP, its residual, the next norm and the next mixer's input projection.
+"""One token from a mixer to the next on CPU, in one compiled pass: the residual, the norm behind it, the gated MLP, its
+residual, the next norm and the next mixer's input projection.
 
 Decoding a small model spends its time around the work: some twenty PyTorch calls a block become one, and a batch's rows
 are shared among threads from the first to the last of them. Float32 only.
@@ -87,25 +87,18 @@ def _norm(rows, at, width, weight, eps, out, to):
 
 
 @jit
-def _rest(
-    first, last, hidden, mixed, project, norm, eps, gate, up, down, following, following_eps, after, widths, out, carry
-):
-    """Rows ``first .. last - 1``; all flat, ``project`` and ``after`` possibly empty. widths: of a row of hidden,
-    mixed, the MLP within and carry."""
-    width, mixing, inner, carried = widths
+def _rest(first, last, hidden, mixed, norm, eps, gate, up, down, following, following_eps, after, widths, out, carry):
+    """Rows ``first .. last - 1``; all flat, ``after`` possibly empty. widths: of a row of hidden, the MLP within and
+    carry. ``out`` may be ``hidden`` itself."""
+    width, inner, carried = widths
     one = hidden.dtype.type(1)
     some = min(ROWS, last - first)
     into = np.empty(some * width, hidden.dtype)
     gates, ups = np.empty(some * inner, hidden.dtype), np.empty(some * inner, hidden.dtype)
     for begin in range(first, last, ROWS):
         rows, at = min(ROWS, last - begin), begin * width
-        if len(project) > 0:
-            _product(mixed[begin * mixing :], rows, mixing, project, width, into)
-            for k in range(rows * width):
-                out[at + k] = hidden[at + k] + into[k]
-        else:
-            for k in range(at, at + rows * width):
-                out[k] = hidden[k] + mixed[k]
+        for k in range(at, at + rows * width):
+            out[k] = hidden[k] + mixed[k]
         for b in range(rows):
             _norm(out, at + b * width, width, norm, eps, into, b * width)
         _product(into, rows, width, gate, inner, gates)
@@ -135,26 +128,25 @@ _NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 def rest(
     hidden: Tensor,
     mixed: Tensor,
-    project: Tensor | None,
     norm: tuple[Tensor, float],
     mlp: tuple[Tensor, Tensor, Tensor],
     following: tuple[Tensor, float],
     after: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``out = h + down(SiLU(gate n) * up n)`` with ``h = hidden + project mixed`` and n its norm, ``[B, E]``, and what
-    the next mixer starts from: ``after`` times the next norm of ``out``, ``[B, S]``, or that norm itself.
+    """``out = h + down(SiLU(gate n) * up n)`` with ``h = hidden + mixed`` and n its norm, ``[B, E]``, and what the next
+    mixer starts from: ``after`` times the next norm of ``out``, ``[B, S]``, or that norm itself.
 
     Args:
-        hidden: ``[B, E]``. mixed: ``[B, D]``. norm, following: RMSNorm's weight ``[E]`` and eps.
-        project: ``[E, D]``, the mixer's output projection; None where ``mixed`` went through it already.
+        hidden, mixed: ``[B, E]``, what a block was given and what its mixer made of it. norm, following: RMSNorm's
+            weight ``[E]`` and eps.
         mlp: weights of gate and up ``[I, E]`` and of down ``[E, I]``.
         after: ``[S, E]``, the next mixer's input projection, or None.
     """
     rows, width = hidden.shape
     inner = mlp[0].shape[0]
     carried = width if after is None else after.shape[0]
-    head = [_flat(t) for t in (hidden, mixed, _NOTHING if project is None else project, norm[0])]
-    tail = [_flat(_NOTHING if after is None else after), (width, mixed.shape[1], inner, carried)]
+    head = [_flat(t) for t in (hidden, mixed, norm[0])]
+    tail = [_flat(_NOTHING if after is None else after), (width, inner, carried)]
     out = torch.empty(rows, width, dtype=torch.float32, device="cpu")
     carry = torch.empty(rows, carried, dtype=torch.float32, device="cpu")
     spread(

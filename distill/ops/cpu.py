@@ -78,6 +78,22 @@ def _overload_exp(value):
     return exp32
 
 
+_S1, _S2, _S3, _S4 = _f(1 / 3), _f(1 / 5), _f(1 / 7), _f(1 / 9)
+_S5, _S6, _S7 = _f(1 / 11), _f(1 / 13), _f(1 / 15)
+_TWO = _f(2)
+
+
+@jit
+def softplus(value):
+    """log(1 + exp(value)) in float32, branch-free too: exp(-|v|) = t, log(1 + t) = 2 artanh(t / (2 + t)), a series in
+    at most 1/9 (relative error 3e-7)."""
+    t = exp(-abs(value))
+    s = t / (_TWO + t)
+    q = s * s
+    p = ((((((_S7 * q + _S6) * q + _S5) * q + _S4) * q + _S3) * q + _S2) * q + _S1) * q + _ONE
+    return max(value, _ZERO) + _TWO * s * p
+
+
 def array(tensor: Tensor, dtype: torch.dtype) -> Any:
     """A C-contiguous numpy view of ``tensor``; a copy only where dtype or layout differ."""
     # Asking first costs a tenth of a call that changes nothing, and decoding pays for it once a layer and token.

@@ -81,7 +81,7 @@ def _mamba1_team(team, threads, tasks, pieces, arguments):
 
 
 @functools.cache
-def _sources(heads: int, kv_heads: int, chunks: int, faithful: bool) -> Any:
+def sources(heads: int, kv_heads: int, chunks: int, faithful: bool) -> Any:
     """The key/value-sized chunk that each of ``heads * chunks`` groups reads (``Mixer._expand`` as a table)."""
     table = torch.arange(kv_heads * chunks, device="cpu")
     repeat = heads // kv_heads
@@ -112,7 +112,7 @@ def mamba1(
         heads: query heads and key/value heads. faithful: which expansion, see ``Mixer._expand``.
     """
     batch, inner, states = state.shape
-    source = _sources(*heads, inner // heads[0] // states, faithful)
+    source = sources(*heads, inner // heads[0] // states, faithful)
     arrays = [array(t, torch.float32) for t in (projected, dt, taps, bias, A_log, D)]
     y = torch.empty(batch, inner, dtype=torch.float32, device="cpu")  # whatever the defaults are
     views = (conv_state.numpy(), state.numpy(), y.numpy())

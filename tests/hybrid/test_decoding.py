@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from distill.config import MixerConfig
 from distill.hybrid import decoding
 from distill.hybrid.surgery import hybridize
-from distill.ops import block_cpu
+from distill.ops import block_cpu, chain_cpu
 from tests.conftest import FAMILIES, MIXED, MIXERS, random_model
 
 PROMPT, LENGTH = 5, 11
@@ -24,13 +24,18 @@ PROMPT, LENGTH = 5, 11
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every block that went through the compiled pass."""
     seen: list[int] = []
-    real = block_cpu.rest
+    real, chain = block_cpu.rest, chain_cpu._chain
 
     def rest(*given: Any) -> Any:
         seen.append(1)
         return real(*given)
 
+    def chained(team: Any, hidden: Any, carry: Any, blocks: Any, *given: Any) -> Any:
+        seen.extend(len(blocks) * [1])
+        return chain(team, hidden, carry, blocks, *given)
+
     monkeypatch.setattr(block_cpu, "rest", rest)
+    monkeypatch.setattr(chain_cpu, "_chain", chained)
     return seen
 
 
@@ -137,6 +142,11 @@ def double(model: Any) -> None:
     model.double()
 
 
+def strided_norm(model: Any) -> None:
+    norm = model.model.norm
+    norm.weight.data = torch.stack([norm.weight.data, norm.weight.data], 1)[:, 0]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -148,6 +158,7 @@ def double(model: Any) -> None:
         training,
         another_gate,
         double,
+        strided_norm,
     ],
     ids=lambda f: f.__name__,
 )
@@ -161,7 +172,7 @@ def test_what_it_cannot_do_is_the_familys(
     same(found, decode(hybrid))
 
 
-@pytest.mark.parametrize("part", ["in_proj", "out_proj", "conv1d"])
+@pytest.mark.parametrize("part", ["in_proj", "out_proj", "dt_proj", "conv1d"])
 def test_a_hook_in_a_mixer_leaves_that_mixer_whole(part: str, hybrid: Any, passes: list[int]) -> None:
     calls: list[int] = []
     module = getattr(hybrid.model.layers[0].self_attn, part)
@@ -169,6 +180,20 @@ def test_a_hook_in_a_mixer_leaves_that_mixer_whole(part: str, hybrid: Any, passe
     decode(hybrid)
     expected = LENGTH - PROMPT + 1
     assert len(calls) == (1 if part == "conv1d" else expected) and passes
+
+
+def test_blocks_of_other_shapes_are_chains_of_their_own(
+    hybrid: Any, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = hybrid.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        layer = getattr(mlp, name)
+        layer.weight.data = layer.weight.data[: len(layer.weight) // 2].clone()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, : mlp.down_proj.weight.shape[1] // 2].clone()
+    found = decode(hybrid)
+    assert len(passes) == (LENGTH - PROMPT) * len(hybrid.model.layers)
+    monkeypatch.setattr(decoding, "serves", lambda model: False)
+    same(found, decode(hybrid))
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def test_the_defaults_of_the_process_change_nothing(name: str) -> None:
         (torch.float32, "meta"),
     ):
         cache = Cache(layers=[LinearAttentionLayer()])
-        decode_cpu._sources.cache_clear()
+        decode_cpu.sources.cache_clear()
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
