@@ -22,6 +22,7 @@ from transformers.models.smollm3 import modeling_smollm3 as smollm3
 from distill.hybrid.reading import Reader
 from distill.ops.kernels import has_numba
 from distill.ops.kernels import serves as kernels_serve
+from distill.ops.modules import CausalConv1d, GatedRMSNorm
 from distill.ops.states import carried
 
 BACKBONES: dict[type, tuple[type, type, type]] = {
@@ -33,6 +34,8 @@ BACKBONES: dict[type, tuple[type, type, type]] = {
 }
 """Those whose blocks are x + mixer(norm(x)), then x + mlp(norm(x)), and the classes of their parts. (Granite scales its
 residuals.)"""
+BETWEEN: dict[str, type] = {"conv1d": CausalConv1d, "dt_proj": nn.Linear, "norm": GatedRMSNorm}
+"""What a mixer has between its projections that a compiled step knows. (Norms of B and C it does not.)"""
 SILU = type(ACT2FN["silu"])
 LARGEST = 1 << 20
 """Weights of an MLP from which on PyTorch's own products are worth their calls."""
@@ -142,12 +145,10 @@ def _states(mixer: Any, cache: Any) -> tuple[Tensor, Tensor] | None:
     if not hasattr(mixer, "step_weights"):
         return None
     own = mixer._modules
-    if own.get("b_norm") is not None or not all(_linear(own[name]) for name in ("in_proj", "out_proj")):
+    if not _plain(mixer, type(mixer)) or not all(_linear(own[name]) for name in ("in_proj", "out_proj")):
         return None
-    between = [module for name, module in own.items() if name not in ("in_proj", "out_proj") and module is not None]
-    if "dt_proj" in own and type(own["dt_proj"]) is not nn.Linear:
-        return None
-    if not all(_plain(module, type(module)) for module in (mixer, *between)):
+    between = [(name, module) for name, module in own.items() if name not in ("in_proj", "out_proj")]
+    if not all(name in BETWEEN and _plain(module, BETWEEN[name]) for name, module in between):
         return None
     states = carried(cache, mixer.layer_idx)
     return states if kernels_serve(mixer.kernels, *states, *mixer.step_weights()) else None

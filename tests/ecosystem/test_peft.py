@@ -170,6 +170,8 @@ def test_the_convolution_is_trained_whole_or_not_at_all(swapped: Any, chain: Ten
     model.eval().save_pretrained(tmp_path)
     logits = model(chain).logits
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(chain).logits, logits)
+    texts = model.generate(input_ids=chain[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(model(texts).logits[:, 8:-1].argmax(-1), texts[:, 9:])
     torch.testing.assert_close(model.merge_and_unload()(chain).logits, logits, atol=2e-4, rtol=1e-4)
 
 
