@@ -6,10 +6,10 @@ A mixer is an ``nn.Module`` named ``Mixer`` with
 decorator ``padding_first``, by which padding may stand behind a text; ``mil_slots()``, the rows that MIL fills;
 ``reset_parameters()``; ``check(config)``, which raises a UserError for a shape that it cannot take; and ``operators``,
 those of `distill.ops` whose kernels it chooses by its attribute ``kernels``; and ``ignores``, the options that mean
-nothing to it. With ``step_weights()`` and ``through(hidden, carry, blocks)`` its decoding step on CPU joins those of its
-neighbours in one compiled pass (`distill.ops.chain_cpu`). Weights of a child module are used in that
-module's own forward, so that whatever brings them just before a call (offloading, ZeRO-3) does. ``attention`` is the
-teacher's own mixer and has no file here.
+nothing to it. With ``step_weights()`` and ``through(hidden, carry, blocks)`` its decoding steps on CPU join those of
+its neighbours in one compiled pass (`distill.ops.chain_cpu`). Weights of a child module are used in that module's own
+forward, so that whatever brings them just before a call (offloading, ZeRO-3) does. ``attention`` is the teacher's own
+mixer and has no file here.
 """
 
 from __future__ import annotations
