@@ -20,7 +20,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from distill.hybrid.reading import Reader
-from distill.ops.kernels import has_numba
+from distill.ops.kernels import has_numba, readable
 from distill.ops.kernels import serves as kernels_serve
 from distill.ops.modules import CausalConv1d, GatedRMSNorm
 from distill.ops.states import carried
@@ -175,16 +175,11 @@ def _plain(module: Any, kind: type) -> bool:
 
 
 def _norm(module: Any, kind: type) -> bool:
-    return _plain(module, kind) and _whole(module._parameters["weight"])
+    return _plain(module, kind) and readable(module._parameters["weight"])
 
 
 def _linear(layer: Any) -> bool:
     if not _plain(layer, nn.Linear) or layer._parameters["bias"] is not None:
         return False
     weight: Tensor = layer._parameters["weight"]
-    return weight.numel() <= LARGEST and _whole(weight)
-
-
-def _whole(weight: Tensor) -> bool:
-    """Whether a compiled pass can read ``weight`` where it lies (an offloaded or sharded one is not there)."""
-    return weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous() and weight.numel() > 0
+    return weight.numel() <= LARGEST and readable(weight)

@@ -30,6 +30,7 @@ INSTALL = {
     "mamba_ssm": "pip install mamba-ssm causal-conv1d",
     "fla": "pip install flash-linear-attention",
 }
+PLAIN = (Tensor, torch.nn.Parameter)
 COMPANIONS = ("causal_conv1d",)
 """Operators that only stand beside a scan: a name that has none of them leaves them to ``auto``."""
 
@@ -123,13 +124,24 @@ def has_numba() -> bool:
 
 
 def serves(kernels: str, *tensors: Tensor) -> bool:
-    """Whether the compiled step of a whole mixer (`distill.ops.decode_cpu`) can take these: contiguous float32 on CPU,
-    there (a shard of ZeRO-3 is empty), and no other kernel asked for."""
+    """Whether the compiled step of a whole mixer (`distill.ops.decode_cpu`) can take these, and nobody asks for another
+    kernel."""
     return (
         kernels in ("auto", "cpu")
         and not torch.compiler.is_compiling()
-        and all(
-            t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() for t in tensors
-        )
+        and all(readable(tensor) for tensor in tensors)
         and has_numba()
+    )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether compiled code can read ``tensor`` where it lies: contiguous float32 on CPU, there (a shard of ZeRO-3 is
+    empty, an offloaded weight elsewhere), and no tensor of another class, whose numbers are another matter (quantised,
+    distributed)."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype == torch.float32
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.numel() > 0
     )

@@ -142,6 +142,15 @@ def double(model: Any) -> None:
     model.double()
 
 
+def weights_of_another_class(model: Any) -> None:
+    class Quantised(Tensor):
+        pass
+
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Quantised))
+    assert type(layer.weight) is Quantised
+
+
 def strided_norm(model: Any) -> None:
     norm = model.model.norm
     norm.weight.data = torch.stack([norm.weight.data, norm.weight.data], 1)[:, 0]
@@ -159,6 +168,7 @@ def strided_norm(model: Any) -> None:
         another_gate,
         double,
         strided_norm,
+        weights_of_another_class,
     ],
     ids=lambda f: f.__name__,
 )
