@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from distill.config_merge import load_config
 from stages.cli import main
@@ -39,6 +41,23 @@ def test_a_stage_is_placed_by_the_score_that_the_config_names(
         assert set(record["parts"]) == {"last", "aligned", "loo"} and {"rank_last", "rank_loo"} <= set(
             record["blocks"][0]
         )
+
+
+@pytest.mark.parametrize("verb", ["score", "place", "run"])
+def test_a_table_of_another_teacher_is_refused(
+    verb: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One weight of the teacher is another: its scores are none of this one's, and stay as they are."""
+    run, other = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(tiny / "run", run)
+    shutil.copytree(tiny / "teacher", other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    kept = {path: path.read_bytes() for path in run.rglob("*.json")}
+    assert main([verb, str(tiny / "tiny.yaml"), f"run_dir={run}", f"teacher={other}"]) == 2
+    assert "was made with other inputs" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*.json")} == kept
 
 
 def test_what_a_score_does_not_read_is_no_input_of_it(tmp_path: Path, tiny: Path) -> None:
