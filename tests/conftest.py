@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from distill.data.families import FAMILIES as QUESTIONS
 from distill.data.families import draw
 from distill.data.tokenizer import VOCAB_SIZE, build_tokenizer
 from distill.data.traces import EmbeddedTraces
+from distill.hybrid.config import mixer_options
 from distill.hybrid.surgery import hybridize
+from distill.mixers import mixer_class
 
 settings.register_profile("any_machine", deadline=None)  # a property is not wrong because the machine is busy
 settings.load_profile("any_machine")
@@ -93,6 +96,25 @@ def random_model(family: str, **keys: Any) -> Any:
         return model
 
     return _random(make)
+
+
+def random_mixer(name: str, heads: int, kv_heads: int, head_dim: int, seed: int = 3, **options: Any) -> Any:
+    """A mixer of hidden size 48 whose every weight is away from its start, where much is 0 or 1."""
+    config = SimpleNamespace(
+        hidden_size=48,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-2,
+        mixer_config={**mixer_options(MixerConfig()), "bc_norm": False, **options},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mixer = mixer_class(name)(config, 0)
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer
 
 
 @pytest.fixture(scope="session")

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from distill.config import MixerConfig
-from distill.hybrid.config import mixer_options
-from distill.mixers import available, mixer_class
+from distill.mixers import available
 from distill.ops import cpu, decode_cpu
+from tests.conftest import random_mixer
 
 SHAPES = [(4, 2, 32), (4, 4, 16), (6, 1, 8), (2, 2, 80)]  # query heads, key/value heads, head_dim
 OPTIONS: list[dict[str, Any]] = [{}, {"mil_layout": "faithful"}, {"bc_norm": True}]
 CASES = [(shape, options) for shape in SHAPES for options in OPTIONS] + [(SHAPES[0], {"d_conv": k}) for k in (2, 7)]
-
-
-def make(name: str, heads: int, kv_heads: int, head_dim: int, **options: Any) -> Any:
-    config = SimpleNamespace(
-        hidden_size=48,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-2,
-        mixer_config={**mixer_options(MixerConfig()), "bc_norm": False, **options},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        mixer = mixer_class(name)(config, 0)
-        with torch.no_grad():  # away from the start, where much is 0 or 1
-            for parameter in mixer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return mixer
 
 
 @torch.no_grad()
@@ -47,7 +27,7 @@ def test_the_compiled_step_is_the_mixer(
     steps = []
     compiled = getattr(decode_cpu, name)
     monkeypatch.setattr(decode_cpu, name, lambda *given, **keys: steps.append(1) or compiled(*given, **keys))
-    mixer = make(name, *shape, **options)
+    mixer = random_mixer(name, *shape, **options)
     tokens = torch.randn(batch, 9, 48, generator=torch.Generator().manual_seed(0))
     whole, _ = mixer(tokens)
     found = {}
@@ -68,7 +48,7 @@ def test_the_compiled_step_is_the_mixer(
 @torch.no_grad()
 @pytest.mark.parametrize("name", available())
 def test_a_batch_that_wakes_threads_gives_what_one_thread_gives(name: str) -> None:
-    mixer, results = make(name, 8, 4, 64), []
+    mixer, results = random_mixer(name, 8, 4, 64), []
     tokens = torch.randn(32, 4, 48, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -87,7 +67,7 @@ def test_a_batch_that_wakes_threads_gives_what_one_thread_gives(name: str) -> No
 def test_half_types_and_double_go_through_the_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_cpu, name, None)  # would fail if it were called
     for dtype in (torch.bfloat16, torch.float64):
-        mixer = make(name, 4, 2, 32).to(dtype)
+        mixer = random_mixer(name, 4, 2, 32).to(dtype)
         tokens, cache = torch.randn(2, 4, 48, dtype=dtype), Cache(layers=[LinearAttentionLayer()])
         parts = [mixer(part, past_key_values=cache)[0] for part in tokens.split([3, 1], dim=1)]
         tolerance = 0.05 if dtype == torch.bfloat16 else 1e-6
@@ -98,7 +78,7 @@ def test_half_types_and_double_go_through_the_operators(name: str, monkeypatch: 
 @pytest.mark.parametrize("name", available())
 def test_the_defaults_of_the_process_change_nothing(name: str) -> None:
     """A float32 model on CPU in a process whose default is another dtype or device."""
-    mixer, tokens, found = make(name, 4, 2, 32), torch.randn(2, 4, 48), []
+    mixer, tokens, found = random_mixer(name, 4, 2, 32), torch.randn(2, 4, 48), []
     for dtype, device in (
         (torch.float32, "cpu"),
         (torch.bfloat16, "cpu"),
@@ -119,7 +99,7 @@ def test_the_defaults_of_the_process_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", available())
 def test_a_single_token_with_gradients_keeps_them(name: str) -> None:
-    mixer, cache = make(name, 4, 2, 32), Cache(layers=[LinearAttentionLayer()])
+    mixer, cache = random_mixer(name, 4, 2, 32), Cache(layers=[LinearAttentionLayer()])
     tokens = torch.randn(2, 4, 48)
     with torch.no_grad():
         mixer(tokens[:, :3], past_key_values=cache)

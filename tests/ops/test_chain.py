@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.config import MixerConfig
-from distill.hybrid.config import mixer_options
-from distill.mixers import available, mixer_class
+from distill.mixers import available
 from distill.ops import block_cpu, chain_cpu, cpu
+from tests.conftest import random_mixer
 
 SHAPES = [(4, 2, 32, 64), (6, 1, 8, 33), (2, 2, 80, 21)]  # query heads, key/value heads, head_dim, intermediate size
 WIDTH, BLOCKS, BATCH = 48, 3, 37
@@ -24,20 +22,9 @@ class Chain:
 
     def __init__(self, name: str, shape: tuple[int, int, int, int], after: int | None, **options: Any) -> None:
         heads, kv_heads, head_dim, inner = shape
-        config = SimpleNamespace(
-            hidden_size=WIDTH,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=1e-2,
-            mixer_config={**mixer_options(MixerConfig()), "bc_norm": False, **options},
-        )
+        self.mixers = [random_mixer(name, heads, kv_heads, head_dim, seed, **options) for seed in range(BLOCKS)]
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            self.mixers = [mixer_class(name)(config, place) for place in range(BLOCKS)]
-            with torch.no_grad():
-                for parameter in (p for mixer in self.mixers for p in mixer.parameters()):
-                    parameter.add_(0.1 * torch.randn_like(parameter))
             inputs = [mixer.in_proj.weight for mixer in self.mixers]
             inputs.append(torch.randn(after, WIDTH) if after else None)
             self.hidden, self.carry = torch.randn(BATCH, WIDTH), torch.randn(BATCH, len(inputs[0]))
