@@ -96,6 +96,7 @@ def test_mmr_ranks_by_the_loss_it_says(claims: Claims) -> None:
     assert cheap["time_ratio"] == 0.5 and cheap["spearman_mixer_all"] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_an_arm_is_trained_as_it_says_and_known_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "HELD_OUT_ROWS", 8)
     threads = torch.get_num_threads()
