@@ -47,6 +47,7 @@ def parallel(typing, team, threads, tasks, pieces, kernel, arguments):
     def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
         compiled = kernel.dispatcher.get_compile_result(call)
         context.active_code_library.add_linking_library(compiled.library)
+        _keep_copies(context.active_code_library)
         # What the threads share: the arguments, the next piece, tasks, pieces, whether any failed.
         team, threads, tasks, pieces, _, held = values
         shape = ir.LiteralStructType([held.type, _WORD, tasks.type, _WORD, _WORD])
@@ -68,6 +69,21 @@ def parallel(typing, team, threads, tasks, pieces, kernel, arguments):
         return context.get_dummy_value()
 
     return types.none(team, threads, tasks, pieces, kernel, arguments), generate
+
+
+def _keep_copies(library: Any) -> None:
+    """Bind what a function calls to the copies compiled with it. The process that compiles has those functions by
+    themselves, too, optimised for themselves, and the linker would take them; a process that loads the function from
+    numba's cache has its copies alone, and would give other last bits."""
+    optimize = library._optimize_final_module
+
+    def localise() -> None:
+        for function in library._final_module.functions:
+            if not function.is_declaration and function.linkage.name == "linkonce_odr":
+                function.linkage = "internal"
+        optimize()
+
+    library._optimize_final_module = localise
 
 
 def _body(context: Any, caller: Any, shared: Any, kernel: Any, call: Any) -> Any:

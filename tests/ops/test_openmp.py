@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,3 +120,27 @@ def test_all_tasks_are_done_once_also_in_a_forked_child_and_from_several_threads
     for caller in callers:
         caller.join(60)
     assert len(found) == 4 and all((values == want).all() for values in found)
+
+
+BITS = """
+import hashlib, torch
+from distill.ops import block_cpu, selective_scan
+torch.manual_seed(0)
+torch.set_num_threads(1)
+draw = torch.randn
+norm, mlp = (draw(48), 1e-5), (draw(64, 48), draw(64, 48), draw(48, 64))
+found = [*block_cpu.rest(draw(5, 48), draw(5, 48), norm, mlp, norm, draw(70, 48))]
+x, dt, B = draw(2, 9, 32), draw(2, 9, 32).abs(), draw(2, 9, 2, 16)
+found += selective_scan.selective_scan(x, dt, -draw(32, 16).exp(), B, B.flip(1), draw(32), kernel="cpu")
+print(hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in found)).hexdigest())
+"""
+
+
+def test_a_process_that_compiles_gives_the_bits_of_one_that_finds_it_compiled(tmp_path: Path) -> None:
+    """A resumed run has its kernels from numba's cache, the one that was killed may have compiled them."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    bits = [
+        subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert bits[0] == bits[1] and len(bits[0]) == 65
