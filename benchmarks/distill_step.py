@@ -138,18 +138,27 @@ def products(vocabulary: int, tokens: int) -> dict[str, float]:
     oneDNN where we take it, and by PyTorch's ``mm`` alone, as the peers do."""
     import torch
 
-    from distill.head_loss import FEW, LOGITS_BYTES
+    from distill.loss_chunks import in_slices, tokens_of_chunk
     from distill.ops.linear_cpu import linear
 
-    n, chunk = targets_of(tokens), min(targets_of(tokens), 512)
-    h, weight, logits = torch.randn(chunk, WIDTH), torch.randn(vocabulary, WIDTH), torch.randn(chunk, vocabulary)
-    few, gradient = h[: max(FEW, LOGITS_BYTES // (4 * vocabulary))], torch.zeros(vocabulary, WIDTH)
+    n = targets_of(tokens)
+    few = tokens_of_chunk(vocabulary, n)
+    slices = in_slices(vocabulary, few)
+    many = min(n, 512)
+    h, weight, logits = torch.randn(many, WIDTH), torch.randn(vocabulary, WIDTH), torch.randn(many, vocabulary)
+    parts, gradient = [logits[:few, columns].contiguous() for columns in slices], torch.zeros(vocabulary, WIDTH)
+
+    def each_slice(product: Callable[[slice, Any], Any]) -> None:
+        for columns, part in zip(slices, parts, strict=True):
+            product(columns, part)
+
     calls: dict[str, tuple[int, Callable[[], Any]]] = {
-        "logits": (len(few), lambda: linear(few, weight)),
-        "hidden": (chunk, lambda: linear(logits, weight.T)),
-        "head": (chunk, lambda: gradient.addmm_(logits.T, h)),
-        "logits_mm": (chunk, lambda: torch.mm(h, weight.T, out=logits)),
-        "hidden_mm": (chunk, lambda: torch.mm(logits, weight, out=h)),
+        "logits": (few, lambda: each_slice(lambda at, _: linear(h[:few], weight[at]))),
+        "hidden": (few, lambda: each_slice(lambda at, part: linear(part, weight[at].T))),
+        "head": (few, lambda: each_slice(lambda at, part: gradient[at].addmm_(part.T, h[:few]))),
+        "logits_mm": (many, lambda: torch.mm(h, weight.T, out=logits)),
+        "hidden_mm": (many, lambda: torch.mm(logits, weight, out=h)),
+        "head_mm": (many, lambda: gradient.addmm_(logits.T, h)),
     }
     each = {}
     for name, (rows, call) in calls.items():
@@ -162,7 +171,7 @@ def products(vocabulary: int, tokens: int) -> dict[str, float]:
         each[name] = min(times) * n / rows
     return {
         "products": 2 * each["logits"] + each["hidden"] + each["head"],
-        "products_mm": 2 * each["logits_mm"] + each["hidden_mm"] + each["head"],
+        "products_mm": 2 * each["logits_mm"] + each["hidden_mm"] + each["head_mm"],
     }
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from distill.data.pack import IGNORE
 from distill.errors import UserError, choose
-from distill.head_loss import Loss, TeacherLogits, head_logits, loss_through_head
+from distill.head_loss import head_logits, loss_through_head
+from distill.loss_chunks import Loss, TeacherLogits
 from distill.stored_logits import StoredRows
 
 EXAMPLE = "'reverse_kl', or terms with weights: '0.9 reverse_kl + 0.1 cross_entropy'"

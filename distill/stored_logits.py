@@ -75,17 +75,20 @@ def write_shards(
 
 
 class StoredLogits:
-    """The teacher's logits of n targets, put together chunk by chunk (``head_loss.TeacherLogits``)."""
+    """The teacher's logits of n targets, put together chunk by chunk (``loss_chunks.TeacherLogits``)."""
 
     def __init__(self, tokens: Tensor, log_probs: Tensor, rest: Tensor, vocabulary: int) -> None:
         self.tokens, self.log_probs, self.vocabulary = tokens, log_probs, vocabulary
         others = vocabulary - tokens.shape[1]
         self.other = rest.unsqueeze(1) - math.log(others) if others else torch.zeros_like(rest.unsqueeze(1))
 
-    def __call__(self, part: slice, multiply: object = None) -> Tensor:
-        """Log-probabilities of the targets ``part``, [m, V]; nothing is multiplied."""
-        logits = self.other[part].expand(-1, self.vocabulary).contiguous()
-        return logits.scatter_(1, self.tokens[part], self.log_probs[part].to(logits.dtype))
+    def __call__(self, part: slice, columns: slice = slice(None), multiply: object = None) -> Tensor:
+        """Log-probabilities of the targets ``part`` and a part of the vocabulary, [m, W]; nothing is multiplied."""
+        first, last, _ = columns.indices(self.vocabulary)
+        logits = self.other[part].expand(-1, last - first).contiguous()
+        rows, at = ((self.tokens[part] >= first) & (self.tokens[part] < last)).nonzero(as_tuple=True)
+        logits[rows, self.tokens[part][rows, at] - first] = self.log_probs[part][rows, at].to(logits.dtype)
+        return logits
 
 
 class StoredRows:

@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distill.mixers.*",
         "distill.losses",
         "distill.head_loss",
+        "distill.loss_chunks",
         "distill.stored_logits",
         "distill.data",
         "distill.data.*",

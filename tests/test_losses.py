@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax, softmax
 
-from distill import head_loss
+from distill import loss_chunks
 from distill.data.pack import IGNORE
 from distill.errors import UserError
 from distill.losses import LOSSES, build_loss, distillation_loss, needs_teacher, terms_of
@@ -52,7 +53,7 @@ def plain(
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("chunk", [1, 4, 10_000])
 def test_equals_plain_autograd(name: str, tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", chunk * V * 8)
+    monkeypatch.setattr(loss_chunks, "CHUNK_BYTES", chunk * V * 8)
     hidden, head, other, teacher, labels = setup()
     expected = plain(name, head(hidden), teacher(other).detach(), labels, tau)
     wanted = torch.autograd.grad(expected, [hidden, head.weight, head.bias])
@@ -152,14 +153,16 @@ def terms(name: str, log_q: torch.Tensor, log_p: torch.Tensor, y: torch.Tensor) 
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "cross_entropy", MIXTURE, "0.5 jsd + 2 cross_entropy"])
-@pytest.mark.parametrize("chunk", [8, 10_000])
-def test_float32_gradients_are_exact(name: str, tau: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the compiled kernel wherever it knows the terms: within 1e-6 of autograd in float64, and no further from
-    it than plain autograd in float32."""
+@pytest.mark.parametrize(("chunk", "slices"), [(8, 3), (10_000, 1), (5, 7)])
+def test_float32_gradients_are_exact(
+    name: str, tau: float, chunk: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the compiled kernel wherever it knows the terms, in chunks of tokens and slices of the vocabulary: within
+    1e-6 of autograd in float64, and no further from it than plain autograd in float32."""
     vocabulary, width = 4099, 64
-    monkeypatch.setattr(head_loss, "COMPILED_BYTES", chunk * vocabulary * 4)
-    monkeypatch.setattr(head_loss, "LOGITS_BYTES", (chunk + 1) // 2 * vocabulary * 4)
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", chunk * vocabulary * 4)
+    monkeypatch.setattr(loss_chunks, "SLICE_BYTES", math.ceil(chunk * vocabulary * 4 / slices))
+    monkeypatch.setattr(loss_chunks, "CHUNK_BYTES", chunk * vocabulary * 4)
+    monkeypatch.setattr(loss_chunks, "tokens_of_chunk", lambda vocabulary, tokens: min(tokens, chunk))
     torch.manual_seed(0)
     head, teacher = nn.Linear(width, vocabulary), nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
     hidden, other = torch.randn(B, T, width, requires_grad=True), torch.randn(B, T, width)
@@ -202,7 +205,7 @@ def test_the_compiled_kernel_anneals_as_plain_pytorch_does(progress: float, monk
     hidden, other = torch.randn(B, T, 64, requires_grad=True), torch.randn(B, T, 64)
     labels, found = torch.randint(0, 4099, (B, T)), []
     for compiled in (True, False):
-        monkeypatch.setattr(head_loss, "has_numba", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(loss_chunks, "has_numba", lambda compiled=compiled: compiled)
         loss = distillation_loss("annealed_kl", hidden, head, other, teacher, labels, progress=progress)
         found.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
     for ours, wanted in zip(*found, strict=True):
@@ -211,14 +214,14 @@ def test_the_compiled_kernel_anneals_as_plain_pytorch_does(progress: float, monk
 
 def test_the_compiled_kernel_is_what_large_vocabularies_get(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is not asked for what it does not know, nor where autocast would change the products."""
-    rows, weight = torch.zeros(2, E), torch.zeros(head_loss.COMPILED_VOCABULARY, E)
-    serves = lambda name, *tensors: head_loss.compiled_serves(build_loss(name), *tensors)  # noqa: E731
+    rows, weight = torch.zeros(2, E), torch.zeros(loss_chunks.COMPILED_VOCABULARY, E)
+    serves = lambda name, *tensors: loss_chunks.compiled_serves(build_loss(name), *tensors)  # noqa: E731
     assert serves(MIXTURE, rows, weight) and serves("annealed_kl", rows, weight)
     assert not serves("jsd", rows, weight) and not serves("reverse_kl", rows, weight[:-1])
     assert not serves("reverse_kl", rows.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert not serves("reverse_kl", rows, weight)
-    monkeypatch.setattr(head_loss, "has_numba", lambda: False)
+    monkeypatch.setattr(loss_chunks, "has_numba", lambda: False)
     assert not serves("reverse_kl", rows, weight)
 
 
@@ -268,12 +271,12 @@ def test_chunks_on_cuda_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda *inputs: calls.append(function) or function(*inputs)
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(head_loss, "has_triton", lambda: True)
-    monkeypatch.setattr(head_loss, "on_cuda", lambda rows: True)
-    head_loss.fused_divergence.cache_clear()
+    monkeypatch.setattr(loss_chunks, "has_triton", lambda: True)
+    monkeypatch.setattr(loss_chunks, "on_cuda", lambda rows: True)
+    loss_chunks.fused_divergence.cache_clear()
     found = distillation_loss("reverse_kl", *setup())
-    assert calls == [head_loss.plain_divergence]
-    head_loss.fused_divergence.cache_clear()
+    assert calls == [loss_chunks.plain_divergence]
+    loss_chunks.fused_divergence.cache_clear()
     monkeypatch.undo()
     torch.testing.assert_close(found, distillation_loss("reverse_kl", *setup()))
 

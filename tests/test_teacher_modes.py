@@ -125,6 +125,7 @@ def test_stored_logits_are_put_together_in_the_order_of_the_targets(llama: Any, 
     torch.testing.assert_close(found.gather(1, top.indices), top.values, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)), rtol=1e-2, atol=1e-2)
     assert torch.equal(stored(slice(2, 4)), found[2:4])
+    assert torch.equal(stored(slice(2, 4), slice(3, 50)), found[2:4, 3:50])  # a part of the vocabulary
 
 
 def test_gradients_of_an_offline_teacher_reach_the_student(llama: Any, traces: Traces, tmp_path: Path) -> None:

@@ -1,21 +1,25 @@
-"""Divergences between two chunks of logits on CPU, and their gradient, in two passes a row.
+"""Divergences between logits of student and teacher on CPU, and their gradient, from slices of the vocabulary.
 
-    n = rows of a chunk, V = vocabulary; z, t = logits of student and teacher, q, p = their softmax(. / tau)
+    n = tokens of a chunk, V = vocabulary, W = width of a slice of it
+    z, t = logits of student and teacher; q, p = their softmax(. / tau); d = (z - t) / tau
+    e = exp((z - top) / tau), top the largest z of the slice; f is the same of t
 
-A row of both (1 MB at V = 128k) is taken from memory once and stays in the core's cache for both passes: the first sums
-what the softmaxes and divergences need and leaves the student's exponentials where the gradient is to be, the second
-makes the gradient of them. Sums over a block are in float32, over blocks in float64. The difference of
-log-probabilities is (z - t) / tau - c, c = log Z_z - log Z_t, which loses less than the difference of two rounded ones.
+A slice of both is read right after it was multiplied, while it is in the cache. What stays of it is e, d and (for
+forward KL) f, and of every row the sums that its softmaxes and divergences are made of; when all slices were there, the
+gradient is made of those, and no exponential is taken twice. Sums over a block are in float32, beyond it in float64.
+The difference of log-probabilities is d - c, c = log Z_z - log Z_t, which loses less than that of two rounded ones.
 
-    reverse  KL(q || p) = sum q (z - t) / tau - c        gradient q ((z - t) / tau - c - KL)
-    forward  KL(p || q) = c - sum p (z - t) / tau        gradient q - p
-    target   -log q[y]                                   gradient q - onehot(y)
+    reverse  KL(q || p) = sum q d - c        gradient q (d - c - KL)
+    forward  KL(p || q) = c - sum p d        gradient q - p
+    target   -log q[y]                       gradient q - onehot(y)
 """
 
 # The kernels are typed by numba, when they are compiled:
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,6 +29,82 @@ from distill.ops.cpu import array, exp, jit, spread
 from distill.ops.openmp import parallel
 
 BLOCK = 512  # logits summed in float32
+
+
+class Chunk:
+    """Losses of n tokens and the gradient of their logits: ``take`` every slice, then ``losses``, then ``gradient`` of
+    each.
+
+    Args:
+        targets: int64 [n].
+        slices: the parts of the vocabulary, from its first to its last.
+        kept: where gradients are made, float32 [``buffers`` of the terms, at least n V]; None where none are wanted.
+        reverse_kl, forward_kl, cross_entropy: the weights of the terms.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        slices: list[slice],
+        kept: Tensor | None = None,
+        *,
+        reverse_kl: float = 0.0,
+        forward_kl: float = 0.0,
+        cross_entropy: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        self.targets, self.slices, self.tau = array(targets, torch.int64), slices, temperature
+        self.reverse, self.forward, self.target = reverse_kl, forward_kl, cross_entropy
+        n = len(targets)
+        self.sums = np.empty((len(slices), n, 7))
+        self.kept = []  # of every slice e, d, f [n, W], or an empty array
+        for part in slices:
+            rows = () if kept is None else kept[:, n * part.start : n * part.stop]
+            arrays = [row.view(n, -1).numpy() for row in rows]
+            self.kept.append(arrays + [np.empty((0, 0), np.float32)] * (3 - len(arrays)))
+
+    def take(self, number: int, student: Tensor, teacher: Tensor) -> None:
+        """Slice ``number`` of the logits of both [n, W], float32 and contiguous."""
+        z, t, y = array(student, torch.float32), array(teacher, torch.float32), self.targets
+        first, inverse = self.slices[number].start, np.float32(1 / self.tau)
+        spread(_take_team, len(z), z.size, z, t, y, first, inverse, *self.kept[number], self.sums[number])
+
+    def losses(self, scale: float = 1.0) -> Tensor:
+        """Weighted loss of every token, [n] in float64. The gradients will be ``scale`` times that of the logits (not
+        tempered) of their sum."""
+        top_z, top_t, e, ed, f, fd, target = np.moveaxis(self.sums, 2, 0)  # each [slices, n]
+        highest_z, highest_t = top_z.max(0), top_t.max(0)
+        part_z, part_t = np.exp((top_z - highest_z) / self.tau), np.exp((top_t - highest_t) / self.tau)
+        e, ed, f, fd = (part_z * e).sum(0), (part_z * ed).sum(0), (part_t * f).sum(0), (part_t * fd).sum(0)
+        c = (highest_z - highest_t) / self.tau + np.log(e / f)
+        kl = ed / e - c
+        scale /= self.tau
+        constant = self.forward + self.target - self.reverse * (c + kl)
+        self.factors = [
+            (scale * share).astype(np.float32)
+            for share in (part_z * (self.reverse / e), part_z * (constant / e), part_t * (self.forward / f))
+        ]
+        self.one_hot = scale * self.target
+        losses = self.reverse * kl + self.forward * (c - fd / f)
+        if self.target:
+            losses += self.target * (np.log(e) - (target.sum(0) - highest_z) / self.tau)
+        return torch.from_numpy(losses)
+
+    def gradient(self, number: int) -> Tensor:
+        """Of the logits of slice ``number``, [n, W], in the buffer."""
+        made, d, f = self.kept[number]
+        slope, constant, back = (factor[number] for factor in self.factors)
+        spread(_gradient_team, len(made), made.size, made, d, f, slope, constant, back)
+        if self.target:
+            part = self.slices[number]
+            rows = np.nonzero((self.targets >= part.start) & (self.targets < part.stop))[0]
+            made[rows, self.targets[rows] - part.start] -= np.float32(self.one_hot)
+        return torch.from_numpy(made)
+
+
+def buffers(terms: Mapping[str, float]) -> int:
+    """How many numbers stay of every logit, for the gradient of a loss of these terms."""
+    return 3 if terms.get("forward_kl") else 2
 
 
 @jit
@@ -47,90 +127,58 @@ def _largest(row, lanes):
 
 
 @jit
-def _sums(z, t, top_z, top_t, inverse, kept):
-    """Over a row, the sums of e, e d, f and f d; e, f = exp of the tempered logits less the top, d = (z - t) / tau.
-    Every e goes to ``kept``."""
-    total_e, total_ed, total_f, total_fd = np.zeros(4)
-    for start in range(0, z.size, BLOCK):
-        part_z, part_t, part_e = z[start : start + BLOCK], t[start : start + BLOCK], kept[start : start + BLOCK]
-        sum_e, sum_ed, sum_f, sum_fd = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for i in range(part_z.size):
-            d = (part_z[i] - part_t[i]) * inverse
-            e, f = exp((part_z[i] - top_z) * inverse), exp((part_t[i] - top_t) * inverse)
-            part_e[i] = e
-            sum_e += e
-            sum_ed += e * d
-            sum_f += f
-            sum_fd += f * d
-        total_e += sum_e
-        total_ed += sum_ed
-        total_f += sum_f
-        total_fd += sum_fd
-    return total_e, total_ed, total_f, total_fd
+def _take(first, last, z, t, targets, column, inverse, kept_e, kept_d, kept_f, sums):
+    """Rows ``first .. last - 1`` of a slice that begins at ``column``: tops, sums of e, e d, f, f d and the target's
+    logit (0: elsewhere) to ``sums`` [n, 7]; e, d and f to where they are kept, unless that is empty."""
+    lanes, spare = np.empty(min(64, z.shape[1]), np.float32), np.empty((3, BLOCK), np.float32)
+    for n in range(first, last):
+        top_z, top_t = _largest(z[n], lanes), _largest(t[n], lanes)
+        total_e, total_ed, total_f, total_fd = np.zeros(4)
+        for start in range(0, z.shape[1], BLOCK):
+            part_z, part_t = z[n, start : start + BLOCK], t[n, start : start + BLOCK]
+            es, ds, fs = spare[0], spare[1], spare[2]
+            if kept_e.size > 0:
+                es, ds = kept_e[n, start : start + BLOCK], kept_d[n, start : start + BLOCK]
+            if kept_f.size > 0:
+                fs = kept_f[n, start : start + BLOCK]
+            sum_e, sum_ed, sum_f, sum_fd = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for i in range(part_z.size):
+                d = (part_z[i] - part_t[i]) * inverse
+                e, f = exp((part_z[i] - top_z) * inverse), exp((part_t[i] - top_t) * inverse)
+                es[i], ds[i], fs[i] = e, d, f
+                sum_e += e
+                sum_ed += e * d
+                sum_f += f
+                sum_fd += f * d
+            total_e += sum_e
+            total_ed += sum_ed
+            total_f += sum_f
+            total_fd += sum_fd
+        y = targets[n] - column
+        row = sums[n]
+        row[0], row[1], row[2], row[3], row[4], row[5] = top_z, top_t, total_e, total_ed, total_f, total_fd
+        row[6] = z[n, y] if 0 <= y < z.shape[1] else 0.0
 
 
 @jit
-def _rows(first, last, z, t, targets, weights, inverse, scale, gradients, losses):
-    """Rows ``first .. last - 1``: losses ``[n]``, and z's gradients ``[n, V]`` times ``scale``, unless they are empty.
-    ``weights``: of reverse KL, of forward KL, of the target's -log q."""
-    reverse, forward, target = weights[0], weights[1], weights[2]
-    lanes, wanted = np.empty(min(64, z.shape[1]), np.float32), gradients.shape[1] > 0
-    made = np.empty(z.shape[1], np.float32)
+def _gradient(first, last, made, d, f, slope, constant, back):
+    """Rows ``first .. last - 1`` of ``made`` [n, W], which holds e, become e (slope d + constant) - back f."""
     for n in range(first, last):
-        row, other = z[n], t[n]
-        if wanted:
-            made = gradients[n]
-        top_z, top_t = _largest(row, lanes), _largest(other, lanes)
-        total_e, total_ed, total_f, total_fd = _sums(row, other, top_z, top_t, inverse, made)
-        c = (np.float64(top_z) - np.float64(top_t)) * inverse + np.log(total_e / total_f)
-        kl = total_ed / total_e - c
-        losses[n] = reverse * kl + forward * (c - total_fd / total_f)
-        y = targets[n]
-        if target != 0:
-            losses[n] += target * (np.log(total_e) - (np.float64(row[y]) - top_z) * inverse)
-        if not wanted:
-            continue
-        slope = np.float32(scale * reverse / total_e)
-        constant = np.float32(scale * (forward + target - reverse * (c + kl)) / total_e)
-        back = np.float32(scale * forward / total_f)
-        if forward != 0:
+        row, ds, a, b = made[n], d[n], slope[n], constant[n]
+        if f.size > 0:
+            fs, g = f[n], back[n]
             for i in range(row.size):
-                f = exp((other[i] - top_t) * inverse)
-                made[i] = made[i] * (slope * ((row[i] - other[i]) * inverse) + constant) - back * f
+                row[i] = row[i] * (a * ds[i] + b) - g * fs[i]
         else:
             for i in range(row.size):
-                made[i] *= slope * ((row[i] - other[i]) * inverse) + constant
-        if target != 0:
-            made[y] -= np.float32(scale * target)
+                row[i] *= a * ds[i] + b
 
 
 @jit
-def _rows_team(team, threads, tasks, pieces, arguments):
-    parallel(team, threads, tasks, pieces, _rows, arguments)
+def _take_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _take, arguments)
 
 
-def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    *,
-    reverse_kl: float = 0.0,
-    forward_kl: float = 0.0,
-    cross_entropy: float = 0.0,
-    temperature: float = 1.0,
-    scale: float = 1.0,
-    gradient: Tensor | None = None,
-) -> Tensor:
-    """Weighted loss of every token, [n] in float64; ``gradient`` [n, V] becomes ``scale`` times that of the student.
-
-    ``student`` and ``teacher`` are contiguous float32 logits [n, V] on CPU, ``targets`` int64 [n]. The gradient is with
-    respect to the untempered logits.
-    """
-    n, vocabulary = student.shape
-    losses = np.zeros(n)
-    weights = np.array([reverse_kl, forward_kl, cross_entropy])
-    z, t, y = array(student, torch.float32), array(teacher, torch.float32), array(targets, torch.int64)
-    made = np.empty((n, 0), np.float32) if gradient is None else gradient.numpy()
-    inverse = np.float32(1 / temperature)
-    spread(_rows_team, n, n * vocabulary, z, t, y, weights, inverse, float(scale / temperature), made, losses)
-    return torch.from_numpy(losses)
+@jit
+def _gradient_team(team, threads, tasks, pieces, arguments):
+    parallel(team, threads, tasks, pieces, _gradient, arguments)
