@@ -96,20 +96,21 @@ def in_compiled_chunks(
 ) -> Tensor:
     """Sum of the loss over all tokens. Of a chunk no logits are kept but those of a slice of the vocabulary; its
     gradient is made slice by slice, and multiplied at once."""
-    from distill.ops.divergence_cpu import Chunk, buffers
+    from distill.ops.divergence_cpu import Chunk
     from distill.ops.linear_cpu import linear
 
     n, vocabulary, teacher = len(rows), len(weight), teacher if loss.needs_teacher else None
     size = tokens_of_chunk(vocabulary, n)
     slices = in_slices(vocabulary, size)
-    kept = rows.new_empty(buffers(loss.terms), size * vocabulary) if gradients.wanted() else None
+    chunk = Chunk(slices, **loss.terms, temperature=temperature)
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
-        chunk = Chunk(targets[part], slices, kept, **loss.terms, temperature=temperature)
+        chunk.begin(targets[part])
         for number, columns in enumerate(slices):
             student = linear(rows[part], weight[columns], None if bias is None else bias[columns])
-            chunk.take(number, student, teacher(part, columns, linear).to(student.dtype) if teacher else student)
+            other = teacher(part, columns, linear).to(student.dtype) if teacher else torch.zeros_like(student)
+            chunk.take(number, student, other)
         total += chunk.losses(1 / float(count)).sum()
         for number, columns in enumerate(slices if gradients.wanted() else ()):
             gradient = chunk.gradient(number)

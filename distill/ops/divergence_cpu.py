@@ -4,10 +4,11 @@
     z, t = logits of student and teacher; q, p = their softmax(. / tau); d = (z - t) / tau
     e = exp((z - top) / tau), top the largest z of the slice; f is the same of t
 
-A slice of both is read right after it was multiplied, while it is in the cache. What stays of it is e, d and (for
-forward KL) f, and of every row the sums that its softmaxes and divergences are made of; when all slices were there, the
-gradient is made of those, and no exponential is taken twice. Sums over a block are in float32, beyond it in float64.
-The difference of log-probabilities is d - c, c = log Z_z - log Z_t, which loses less than that of two rounded ones.
+A slice of both is read right after it was multiplied, while it is in the cache; e and d take the place of z and t (f,
+for forward KL, one of its own). Of every row stay the sums that its softmaxes and divergences are made of. When all
+slices were there, the gradient is made in e's place, and no exponential is taken twice. Sums over a block are in
+float32, beyond it in float64. The difference of log-probabilities is d - c, c = log Z_z - log Z_t, which loses less than
+that of two rounded ones.
 
     reverse  KL(q || p) = sum q d - c        gradient q (d - c - KL)
     forward  KL(p || q) = c - sum p d        gradient q - p
@@ -18,8 +19,6 @@ The difference of log-probabilities is d - c, c = log Z_z - log Z_t, which loses
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -35,40 +34,42 @@ class Chunk:
     """Losses of n tokens and the gradient of their logits: ``take`` every slice, then ``losses``, then ``gradient`` of
     each.
 
+    One object serves chunk after chunk (``begin``): it lets a slice of the last one go when the next has come, and the
+    allocator has room for the slice after that, in place of giving all back to the system and asking for it again.
+
     Args:
-        targets: int64 [n].
         slices: the parts of the vocabulary, from its first to its last.
-        kept: where gradients are made, float32 [``buffers`` of the terms, at least n V]; None where none are wanted.
         reverse_kl, forward_kl, cross_entropy: the weights of the terms.
     """
 
     def __init__(
         self,
-        targets: Tensor,
         slices: list[slice],
-        kept: Tensor | None = None,
         *,
         reverse_kl: float = 0.0,
         forward_kl: float = 0.0,
         cross_entropy: float = 0.0,
         temperature: float = 1.0,
     ) -> None:
-        self.targets, self.slices, self.tau = array(targets, torch.int64), slices, temperature
+        self.slices, self.tau = slices, temperature
         self.reverse, self.forward, self.target = reverse_kl, forward_kl, cross_entropy
-        n = len(targets)
-        self.sums = np.empty((len(slices), n, 7))
-        self.kept = []  # of every slice e, d, f [n, W], or an empty array
-        for part in slices:
-            rows = () if kept is None else kept[:, n * part.start : n * part.stop]
-            arrays = [row.view(n, -1).numpy() for row in rows]
-            self.kept.append(arrays + [np.empty((0, 0), np.float32)] * (3 - len(arrays)))
+        nothing = np.empty((0, 0), np.float32)
+        self.kept = [(nothing, nothing, nothing)] * len(slices)  # e, d, f [n, W] of every slice
+
+    def begin(self, targets: Tensor) -> None:
+        """A chunk of tokens with these targets, int64 [n]."""
+        self.targets = array(targets, torch.int64)
+        self.sums = np.empty((len(self.slices), len(targets), 7))
 
     def take(self, number: int, student: Tensor, teacher: Tensor) -> None:
-        """Slice ``number`` of the logits of both [n, W], float32 and contiguous."""
-        z, t, y = array(student, torch.float32), array(teacher, torch.float32), self.targets
+        """Slice ``number`` of the logits of both [n, W], float32 and contiguous, which are written over."""
+        z, t = array(student, torch.float32), array(teacher, torch.float32)
+        f = np.empty_like(t) if self.forward else self.kept[number][2]
         first, inverse = self.slices[number].start, np.float32(1 / self.tau)
-        spread(_take_team, len(z), z.size, z, t, y, first, inverse, *self.kept[number], self.sums[number])
+        spread(_take_team, len(z), z.size, z, t, f, self.targets, first, inverse, self.sums[number])
+        self.kept[number] = z, t, f
 
+    @np.errstate(all="ignore")  # a NaN has to come out, without a word on the way
     def losses(self, scale: float = 1.0) -> Tensor:
         """Weighted loss of every token, [n] in float64. The gradients will be ``scale`` times that of the logits (not
         tempered) of their sum."""
@@ -91,7 +92,7 @@ class Chunk:
         return torch.from_numpy(losses)
 
     def gradient(self, number: int) -> Tensor:
-        """Of the logits of slice ``number``, [n, W], in the buffer."""
+        """Of the logits of slice ``number``, [n, W], until the next chunk's is taken."""
         made, d, f = self.kept[number]
         slope, constant, back = (factor[number] for factor in self.factors)
         spread(_gradient_team, len(made), made.size, made, d, f, slope, constant, back)
@@ -100,11 +101,6 @@ class Chunk:
             rows = np.nonzero((self.targets >= part.start) & (self.targets < part.stop))[0]
             made[rows, self.targets[rows] - part.start] -= np.float32(self.one_hot)
         return torch.from_numpy(made)
-
-
-def buffers(terms: Mapping[str, float]) -> int:
-    """How many numbers stay of every logit, for the gradient of a loss of these terms."""
-    return 3 if terms.get("forward_kl") else 2
 
 
 @jit
@@ -127,25 +123,25 @@ def _largest(row, lanes):
 
 
 @jit
-def _take(first, last, z, t, targets, column, inverse, kept_e, kept_d, kept_f, sums):
+def _take(first, last, z, t, kept_f, targets, column, inverse, sums):
     """Rows ``first .. last - 1`` of a slice that begins at ``column``: tops, sums of e, e d, f, f d and the target's
-    logit (0: elsewhere) to ``sums`` [n, 7]; e, d and f to where they are kept, unless that is empty."""
-    lanes, spare = np.empty(min(64, z.shape[1]), np.float32), np.empty((3, BLOCK), np.float32)
+    logit (0: elsewhere) to ``sums`` [n, 7]; e to ``z``, d to ``t``, f to ``kept_f``, unless that is empty."""
+    lanes, spare = np.empty(min(64, z.shape[1]), np.float32), np.empty(BLOCK, np.float32)
     for n in range(first, last):
+        row, y = sums[n], targets[n] - column
+        row[6] = z[n, y] if 0 <= y < z.shape[1] else 0.0
         top_z, top_t = _largest(z[n], lanes), _largest(t[n], lanes)
         total_e, total_ed, total_f, total_fd = np.zeros(4)
         for start in range(0, z.shape[1], BLOCK):
-            part_z, part_t = z[n, start : start + BLOCK], t[n, start : start + BLOCK]
-            es, ds, fs = spare[0], spare[1], spare[2]
-            if kept_e.size > 0:
-                es, ds = kept_e[n, start : start + BLOCK], kept_d[n, start : start + BLOCK]
+            zs, ts = z[n, start : start + BLOCK], t[n, start : start + BLOCK]
+            fs = spare
             if kept_f.size > 0:
                 fs = kept_f[n, start : start + BLOCK]
             sum_e, sum_ed, sum_f, sum_fd = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for i in range(part_z.size):
-                d = (part_z[i] - part_t[i]) * inverse
-                e, f = exp((part_z[i] - top_z) * inverse), exp((part_t[i] - top_t) * inverse)
-                es[i], ds[i], fs[i] = e, d, f
+            for i in range(zs.size):
+                d = (zs[i] - ts[i]) * inverse
+                e, f = exp((zs[i] - top_z) * inverse), exp((ts[i] - top_t) * inverse)
+                zs[i], ts[i], fs[i] = e, d, f
                 sum_e += e
                 sum_ed += e * d
                 sum_f += f
@@ -154,10 +150,7 @@ def _take(first, last, z, t, targets, column, inverse, kept_e, kept_d, kept_f, s
             total_ed += sum_ed
             total_f += sum_f
             total_fd += sum_fd
-        y = targets[n] - column
-        row = sums[n]
         row[0], row[1], row[2], row[3], row[4], row[5] = top_z, top_t, total_e, total_ed, total_f, total_fd
-        row[6] = z[n, y] if 0 <= y < z.shape[1] else 0.0
 
 
 @jit
