@@ -7,7 +7,7 @@
 A slice of both is read right after it was multiplied, while it is in the cache; e and d take the place of z and t (f,
 for forward KL, one of its own). Of every row stay the sums that its softmaxes and divergences are made of. When all
 slices were there, the gradient is made in e's place, and no exponential is taken twice. Sums over a block are in
-float32, beyond it in float64. The difference of log-probabilities is d - c, c = log Z_z - log Z_t, which loses less than
+float32, beyond it in float64. The difference of log-probabilities is d - c, c = log Z_z - log Z_t: it loses less than
 that of two rounded ones.
 
     reverse  KL(q || p) = sum q d - c        gradient q (d - c - KL)
