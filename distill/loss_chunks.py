@@ -52,7 +52,7 @@ class TeacherLogits(Protocol):
         self, part: slice, columns: slice = EVERY, multiply: Callable[..., Tensor] = nn.functional.linear
     ) -> Tensor:
         """Logits [m, W] of the tokens ``part`` and a part of the vocabulary, by ``multiply(rows, weight, bias)`` where
-        they are a product."""
+        they are a product. Made for the caller, who may write over them."""
         ...
 
 
