@@ -34,8 +34,7 @@ class Chunk:
     """Losses of n tokens and the gradient of their logits: ``take`` every slice, then ``losses``, then ``gradient`` of
     each.
 
-    One object serves chunk after chunk (``begin``): it lets a slice of the last one go when the next has come, and the
-    allocator has room for the slice after that, in place of giving all back to the system and asking for it again.
+    One object serves chunk after chunk (``begin``).
 
     Args:
         slices: the parts of the vocabulary, from its first to its last.
