@@ -30,8 +30,8 @@ COMPILED_VOCABULARY = 4096
 TOKENS = 256
 """Those of a chunk in the compiled kernel, at least: for fewer a head is read, and its gradient added to, too often."""
 SLICE_BYTES = 1 << 24
-"""The largest [m, W] tensor there. From 32 MiB on the C library's allocator maps every result of a product anew, whose
-pages take a fifth of its time; half of that stays in the cache until the kernel reads it."""
+"""The largest [m, W] tensor there. From 32 MiB on the C library's allocator maps every result of a product anew, which
+takes time; half of that stays in the cache until the kernel reads it."""
 EVERY = slice(None)
 
 
