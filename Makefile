@@ -19,7 +19,7 @@ test: $(STAMP)  ## lint, types, tests
 test-slow: $(STAMP)  ## the tests that take half a minute and more each
 	$(BIN)/python -m pytest -m slow --ignore tests/faults
 
-test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (13 minutes on 2 cores)
+test-faults: $(STAMP)  ## kill -9 at 60 random moments, damaged checkpoints, a full disk (13 to 17 minutes on 2 cores)
 	$(BIN)/python -m pytest -m slow -s tests/faults
 
 UPSTREAM := build/transformers
